@@ -1,0 +1,1 @@
+"""Generation: how many of which class from which reference, and making them, resumably."""

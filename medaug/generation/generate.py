@@ -1,0 +1,253 @@
+"""Making the images of a plan: resumable, in bounded memory, every image with its full lineage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from medaug import storage
+from medaug.cohort import FILE_NAME, Case, Cohort, created_by, read_cohort, write_cohort
+from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.generation.plan import PlannedCase, batches
+from medaug.generation.sampler import GuidedSampler
+from medaug.io.raster import read_unit_png, write_unit_png
+from medaug.progress import progress
+from medaug.tracking import track
+from medaug.training.data import read_case
+from medaug.training.run_folder import RunRecord
+from medaug.transforms.prepare import restore
+
+PLAN_FILE = "generation.json"
+
+
+class PlanBatches(Dataset[dict[str, Any]]):
+    """The batches of a plan, each ready for the sampler; the dataset of the bundle's inference config.
+
+    Args:
+        cohort: real cohort; references come from its training split.
+        plan: one list per class, see `make_plan`.
+        batch_size: images per batch.
+        output_dir: synthetic cohort's folder; a batch whose images all exist there is left out.
+    """
+
+    def __init__(self, cohort: Cohort, plan: Sequence[Sequence[PlannedCase]], batch_size: int, output_dir: Path | None = None) -> None:
+        self.cohort = cohort
+        images = None if output_dir is None else Path(output_dir) / "images"
+        todo = batches(plan, batch_size)
+        self.batches = [batch for batch in todo if images is None or not all((images / f"{case.id}.png").is_file() for case in batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        cases = self.batches[index]
+        return {
+            "id": [case.id for case in cases],
+            "label": torch.tensor([case.label for case in cases]),
+            "reference_id": [case.reference.id for case in cases],
+            "reference": lambda i: read_case(self.cohort, cases[i].reference),
+            "shape": (self.cohort.image_size, self.cohort.image_size),
+            "cases": cases,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+def sample_batch(engine: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """One iteration of the evaluator: samples of one batch of the plan, with the planned cases they belong to."""
+    network = engine.network.eval()
+    return {"samples": engine.inferer(batch, network), "cases": batch["cases"]}
+
+
+@dataclass
+class GenerationSession:
+    """Generates a synthetic cohort from a trained run.
+
+    Attributes:
+        cohort: the cohort the run was trained on.
+        record: the run's record.
+        plan: the images to make, see `make_plan`.
+        evaluator: MONAI evaluator over `PlanBatches` whose inferer is a `GuidedSampler` and whose iteration is `sample_batch`.
+        output_dir: the synthetic cohort's folder.
+        seed: decided references and, with an image's id, every draw.
+        tracking: keyword arguments of `medaug.tracking.track`.
+    """
+
+    cohort: Cohort
+    record: RunRecord
+    plan: Sequence[Sequence[PlannedCase]]
+    evaluator: Any
+    output_dir: Path
+    seed: int = 0
+    tracking: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampler(self) -> GuidedSampler:
+        """The evaluator's inferer."""
+        sampler: GuidedSampler = self.evaluator.inferer
+        return sampler
+
+    def run(self) -> Cohort:
+        """Make what is missing and write the synthetic cohort.
+
+        Raises:
+            LeakageError: the run was trained on a group that this cohort holds out.
+            ConfigError: the folder holds images of another run or other settings.
+            StorageError: the folder is in use or the disk is full.
+        """
+        check_run(self.record, self.cohort)
+        folder = Path(self.output_dir)
+        with storage.locked(folder):
+            identity = {"weights_sha256": self.record.weights_sha256, "seed": self.seed, "sampler": self.sampler.settings()}
+            _claim(folder, identity)
+            config_sha = storage.sha256_json([self.record.config_sha256, identity])
+            with track("generation", name=f"generation {self.record.bundle} {config_sha[:8]}", **self.tracking) as run:
+                run.log_params({"bundle": self.record.bundle, "weights_sha256": self.record.weights_sha256, "seed": self.seed})
+                run.log_params({f"sampler.{name}": value for name, value in self.sampler.settings().items()})
+                run.log_metrics({f"planned.{name}": len(cases) for name, cases in zip(self.cohort.classes, self.plan, strict=True)}, step=0)
+                self._make(folder / "images")
+                cohort = self._write(self.plan, folder, config_sha)
+                run.log_image(sheet(cohort, self.cohort), "samples", step=0)
+                return cohort
+
+    def _make(self, images: Path) -> None:
+        todo: PlanBatches = self.evaluator.data_loader
+        total = sum(len(cases) for cases in self.plan)
+        left = sum(len(batch) for batch in todo.batches)
+        if not left:
+            return
+
+        def save(engine: Any) -> None:
+            save_batch(engine.state.output["samples"], engine.state.output["cases"], images)
+            advance(len(engine.state.output["cases"]))
+
+        with progress("generating", total, completed=total - left) as advance:
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, save)
+            self.evaluator.run()
+
+    def _write(self, plan: Sequence[Sequence[PlannedCase]], folder: Path, config_sha: str) -> Cohort:
+        cases = tuple(self._case(planned, config_sha) for label in plan for planned in label)
+        kept = {case.image for case in cases}
+        for path in (folder / "images").glob("*.png"):
+            if f"images/{path.name}" not in kept:
+                path.unlink()  # a smaller plan than last time
+        cohort = Cohort(
+            name=f"{self.cohort.name} synthetic {self.record.bundle}",
+            modality=self.cohort.modality,
+            classes=self.cohort.classes,
+            ordinal=self.cohort.ordinal,
+            image_size=self.cohort.image_size,
+            channels=self.cohort.channels,
+            intensity=self.cohort.intensity,
+            created_by=created_by(f"medaug generate {self.record.bundle}", config_sha, self.seed),
+            source=f"synthetic, generated from cohort {self.cohort.content_sha256[:12]}",
+            training=cases,
+            fit_on={self.record.fit_on: self.record.fit_groups},
+            notes=self.cohort.notes,
+        )
+        return write_cohort(cohort, folder)
+
+    def _case(self, planned: PlannedCase, config_sha: str) -> Case:
+        lineage = {
+            "bundle": self.record.bundle,
+            "weights_sha256": self.record.weights_sha256,
+            "config_sha256": config_sha,
+            "seed": self.seed,
+            "reference": planned.reference.id,
+            "intended_label": planned.label,
+            "guidance": {"scale": self.sampler.guidance_scale},
+            "noise": {"bottleneck_scale": self.sampler.bottleneck_scale, "bottleneck_mode": self.sampler.bottleneck_mode},
+            "sampler": self.sampler.settings(),
+            "fit_on": self.record.fit_on,
+        }
+        return Case(
+            id=planned.id,
+            image=f"images/{planned.id}.png",
+            label=planned.label,
+            group=planned.reference.group,
+            patient=planned.reference.patient,
+            source=self.record.weights_sha256,
+            name=planned.id,
+            acquisition={},
+            lineage=lineage,
+        )
+
+
+def check_run(record: RunRecord, cohort: Cohort) -> None:
+    """Refuse a run that does not belong to this cohort.
+
+    Raises:
+        ConfigError: other classes, size or channels.  LeakageError: it saw a group that this cohort holds out.
+    """
+    if (record.classes, record.image_size, record.channels) != (cohort.classes, cohort.image_size, cohort.channels):
+        raise ConfigError(
+            "class-mismatch",
+            f"The run was trained for classes {list(record.classes)} at {record.image_size} px, the cohort has {list(cohort.classes)} at {cohort.image_size} px.",
+        )
+    held_out = (cohort.groups("validation") | cohort.groups("test")) & set(record.fit_groups)
+    if held_out:
+        raise LeakageError(
+            "fit-on-held-out", f"The run was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort."
+        )
+
+
+def save_batch(samples: Tensor, cases: Sequence[PlannedCase], folder: Path) -> None:
+    """Write each sample as ``<id>.png``; an image that exists is left as it is.
+
+    Raises:
+        DataError: a sample is not finite (code `sample-not-finite`).
+    """
+    for case, image in zip(cases, samples, strict=True):
+        if not torch.isfinite(image).all():
+            raise DataError("sample-not-finite", f"Sample {case.id} holds NaN or infinite values; the weights are not usable, train again.")
+        path = folder / f"{case.id}.png"
+        if not path.is_file():
+            write_unit_png(path, restore(image))
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        if (folder / FILE_NAME).is_file():
+            raise ConfigError("folder-not-empty", f"The output folder {folder.name} holds another cohort; choose a new one.")
+        storage.write_json(path, dict(identity))
+    elif storage.sha256_json(storage.read_json(path)) != storage.sha256_json(identity):
+        raise ConfigError("generation-other-config", f"{folder.name} holds images of another run or other sampler settings; choose a new output folder.")
+
+
+def read_synthetic(folder: Path) -> Cohort:
+    """Read a synthetic cohort, generated or accepted.
+
+    Raises:
+        DataError: it holds real cases.
+    """
+    cohort = read_cohort(folder)
+    if not all(case.is_synthetic for case in cohort.cases()):
+        raise DataError("not-synthetic", f"{Path(folder).name} holds real images; a synthetic cohort from `medaug generate` was expected.")
+    return cohort
+
+
+def sheet(synthetic: Cohort, real: Cohort, per_class: int = 12) -> np.ndarray:
+    """Per class one row of references and one row of the images made from them, as a unit image."""
+    by_id = {case.id: case for case in real.training}
+    rows: list[list[np.ndarray]] = []
+    for label in range(len(real.classes)):
+        cases = [case for case in synthetic.training if case.label == label][:per_class]
+        if len(cases) == per_class:
+            rows.append([read_unit_png(real.path(by_id[(case.lineage or {})["reference"]])) for case in cases])
+            rows.append([read_unit_png(synthetic.path(case)) for case in cases])
+    return tile(rows) if rows else np.zeros((real.image_size, real.image_size), np.float32)
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of equal images as one image."""
+    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

@@ -1,0 +1,129 @@
+"""How many images of which class, and which training image each one refers to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medaug.cohort import Case, Cohort
+from medaug.draws import numpy_generator
+from medaug.errors import ConfigError, DataError
+from medaug.training.run_folder import RunRecord
+
+Allocation = Literal["balance", "proportional", "fixed"]
+ALLOCATIONS = ("proportional", "balance", "fixed")
+
+
+@dataclass(frozen=True)
+class PlannedCase:
+    """One image to be made.
+
+    Attributes:
+        id: from the weights, the seed, the class and the running number: stable when a plan is extended.
+        label: intended class index.
+        number: running number within its class.
+        reference: the training case whose features guide it; its group is inherited.
+    """
+
+    id: str
+    label: int
+    number: int
+    reference: Case
+
+
+def quotas(
+    cohort: Cohort, synthetic_per_real: float | None = None, allocation: str = "proportional", fixed: Mapping[str, int] | None = None
+) -> list[int]:
+    """Number of images per class.
+
+    Args:
+        cohort: its training split is counted.
+        synthetic_per_real: N_synthetic / N_real; 2.5 is the published "original-to-synthetic ratio 0.4" taken literally.
+        allocation: "proportional" keeps the class shares; "balance" spends the same total on the smallest classes
+            first; "fixed" takes `fixed`.
+        fixed: class name -> count.
+
+    Raises:
+        ConfigError: unknown allocation or class, a ratio that is not positive.
+    """
+    real = cohort.class_counts("training")
+    if allocation not in ALLOCATIONS:
+        raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
+    if allocation == "fixed":
+        unknown = set(fixed or {}) - set(cohort.classes)
+        if not fixed or unknown:
+            raise ConfigError("allocation-fixed", f"Fixed counts need class names of {list(cohort.classes)}, got {sorted(fixed or {})}.")
+        return [int(fixed.get(name, 0)) for name in cohort.classes]
+    if synthetic_per_real is None or not synthetic_per_real > 0:
+        raise ConfigError("ratio-invalid", f"synthetic_per_real must be a positive number, got {synthetic_per_real!r}.")
+    total = round(synthetic_per_real * sum(real))
+    if allocation == "balance":
+        return fill_up(real, total)
+    return largest_remainder([count / sum(real) * total for count in real], total)
+
+
+def fill_up(real: Sequence[int], total: int) -> list[int]:
+    """Spread `total` so that real + synthetic is as even as it can be (smallest classes first)."""
+    added = [0] * len(real)
+    for _ in range(total):
+        smallest = min(range(len(real)), key=lambda label: (real[label] + added[label], label))
+        added[smallest] += 1
+    return added
+
+
+def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
+    """Integers that sum to `total` and lie nearest to `shares` (Hamilton's method; ties go to the earlier class)."""
+    floors = [int(share) for share in shares]
+    order = sorted(range(len(shares)), key=lambda label: (floors[label] - shares[label], label))
+    for label in order[: total - sum(floors)]:
+        floors[label] += 1
+    return floors
+
+
+def make_plan(cohort: Cohort, counts: Sequence[int], seed: int, weights_sha256: str) -> list[list[PlannedCase]]:
+    """The images to make, one list per class; a larger count only adds to the end of its list.
+
+    References are the class's own training cases in keyed order, so that every one is used once before any is used
+    twice. A real validation or test case can never be one.
+
+    Raises:
+        DataError: a class with a quota has no training case.
+    """
+    plan: list[list[PlannedCase]] = []
+    for label, count in enumerate(counts):
+        cases = sorted((case for case in cohort.training if case.label == label and not case.is_synthetic), key=lambda case: case.id)
+        if count and not cases:
+            raise DataError("class-empty", f"Class {cohort.classes[label]!r} has no training image to refer to; add some or set its count to 0.")
+        order = numpy_generator(seed, "reference", label).permutation(len(cases))
+        plan.append(
+            [PlannedCase(_case_id(weights_sha256, seed, label, n), label, n, cases[int(order[n % len(cases)])]) for n in range(count)]
+        )
+    return plan
+
+
+def plan_for(
+    cohort: Cohort,
+    record: RunRecord,
+    seed: int,
+    synthetic_per_real: float | None = None,
+    allocation: str = "proportional",
+    fixed: Mapping[str, int] | None = None,
+    counts: Sequence[int] | None = None,
+) -> list[list[PlannedCase]]:
+    """The plan of a run: `make_plan` over `quotas`, or over `counts` (one per class) when they are given."""
+    if counts is None:
+        counts = quotas(cohort, synthetic_per_real, allocation, fixed)
+    elif len(counts) != len(cohort.classes) or min(counts) < 0:
+        raise ConfigError("counts-invalid", f"counts must hold one number per class ({len(cohort.classes)}), got {list(counts)}.")
+    return make_plan(cohort, counts, seed, record.weights_sha256)
+
+
+def _case_id(weights_sha256: str, seed: int, label: int, number: int) -> str:
+    return "s" + hashlib.sha256(f"{weights_sha256}/{seed}/{label}/{number}".encode()).hexdigest()[:15]
+
+
+def batches(plan: Sequence[Sequence[PlannedCase]], batch_size: int) -> list[list[PlannedCase]]:
+    """Batches of one class each, cut at multiples of `batch_size`, so that a resumed plan has the same batches."""
+    return [list(cases[start : start + batch_size]) for cases in plan for start in range(0, len(cases), batch_size)]

@@ -1,0 +1,43 @@
+"""A sheet of samples beside the references they were made from, drawn while training runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from medaug.cohort import Cohort
+from medaug.generation.generate import PlanBatches, tile
+from medaug.generation.plan import make_plan
+from medaug.generation.sampler import GuidedSampler
+from medaug.io.raster import read_unit_png
+from medaug.networks.guided_unet import GuidedUNet
+from medaug.transforms.prepare import restore
+
+
+@dataclass
+class PreviewSheet:
+    """Draws, per class, one row of references and one row of samples; the same references and noise every time.
+
+    Attributes:
+        cohort: real cohort (training split only).
+        sampler: how to sample.
+        per_class: images per class.
+        seed: of references and noise.
+    """
+
+    cohort: Cohort
+    sampler: GuidedSampler
+    per_class: int = 8
+    seed: int = 0
+
+    def __call__(self, network: GuidedUNet) -> np.ndarray:
+        """The sheet as a unit image: (2 * classes * size, per_class * size[, 3])."""
+        self.sampler.cache.features.clear()  # the network has learnt since
+        plan = make_plan(self.cohort, [self.per_class] * len(self.cohort.classes), self.seed, "preview")
+        rows = []
+        for batch in PlanBatches(self.cohort, plan, self.per_class):
+            samples = self.sampler(batch, network)
+            rows.append([read_unit_png(self.cohort.path(case.reference)) for case in batch["cases"]])
+            rows.append([restore(image) for image in samples])
+        return tile(rows)

@@ -1,0 +1,159 @@
+"""The guided DDPM's way from noise to an image: reference features once, then the sampling loop."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medaug.diffusion.guidance import classifier_free
+from medaug.diffusion.parameterisation import Prediction
+from medaug.diffusion.perturbation import bottleneck_noise
+from medaug.diffusion.sampler import Denoiser, sample
+from medaug.diffusion.schedule import spaced_timesteps
+from medaug.diffusion.steps import STEPS
+from medaug.draws import randn_batch
+from medaug.errors import ConfigError
+from medaug.networks.guided_unet import GuidedUNet
+from medaug.training.diffusion import NoiseObjective, build_objective, choose
+
+CACHE_BYTES = 256 * 2**20
+
+
+class ReferenceCache:
+    """Features of reference images, each computed once and kept while they fit in `CACHE_BYTES`."""
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, network: GuidedUNet, ids: Sequence[str], images: Callable[[int], Tensor]) -> Tensor:
+        """Features (B, C, h, w) of the references `ids`; `images(i)` reads the i-th one only if it is new."""
+        new = [i for i, name in enumerate(ids) if name not in self.features and name not in ids[:i]]
+        found = {name: self.features[name] for name in ids if name in self.features}
+        if new:
+            computed = network.reference_features(torch.stack([images(i) for i in new]))
+            found |= {ids[i]: row for i, row in zip(new, computed, strict=True)}
+        for name in dict.fromkeys(ids):
+            self.features[name] = found[name]
+            self.features.move_to_end(name)
+        size = next(iter(found.values())).numel() * 4
+        while len(self.features) > max(1, self.max_bytes // size):
+            self.features.popitem(last=False)
+        return torch.stack([found[name] for name in ids])
+
+
+@dataclass
+class GuidedSampler:
+    """Images from references and labels. The `inferer` of the guided DDPM bundle.
+
+    Attributes:
+        objective: parameterisation and schedule the network was trained with, or their plain settings.
+        step: name of a step in `medaug.diffusion.steps.STEPS`.
+        step_options: its arguments.
+        num_inference_steps: visited timesteps.
+        spacing, sigma_min, sigma_max: of `spaced_timesteps`.
+        guidance_scale: classifier-free scale on reference and label together; 1 is off.
+        bottleneck_scale: strength of the fresh Gaussian noise on the bottleneck at every step; 0 is off.
+        bottleneck_mode: "relative" (to the std of the bottleneck, per image) or "absolute".
+        clip: cut the predicted x_0 to [-1, 1] at every step.
+        seed: with the id of an image it decides every draw.
+    """
+
+    objective: NoiseObjective | Mapping[str, Any]
+    step: str = "dpm_solver_pp_2m"
+    step_options: Mapping[str, Any] = field(default_factory=dict)
+    num_inference_steps: int = 18
+    spacing: str = "linspace"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    guidance_scale: float = 1.0
+    bottleneck_scale: float = 0.1
+    bottleneck_mode: str = "relative"
+    clip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, Mapping):
+            self.objective = build_objective(self.objective)
+        schedule = self.objective.schedule
+        self.timesteps = spaced_timesteps(schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
+        self.step_function = choose("step", STEPS, self.step, self.step_options)
+        self.cache = ReferenceCache()
+
+    def settings(self) -> dict[str, Any]:
+        """What a lineage records of the sampler."""
+        names = ("step", "num_inference_steps", "spacing", "guidance_scale", "bottleneck_scale", "bottleneck_mode", "clip", "seed")
+        return {name: getattr(self, name) for name in names} | {"step_options": dict(self.step_options)}
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet) -> Tensor:
+        """Sample one image per entry.
+
+        Args:
+            inputs: ``id`` (list of str: keys of the noise), ``label`` (B,), ``reference_id`` (list of str) and
+                ``reference`` (callable i -> (C, H, W) tensor in [-1, 1], called once per new reference).
+            network: in evaluation mode.
+
+        Returns:
+            x_0, shape (B, C, H, W), about [-1, 1].
+        """
+        objective = self.objective
+        assert isinstance(objective, NoiseObjective)
+        device = next(network.parameters()).device
+        ids, labels = list(inputs["id"]), None
+        if network.num_classes is not None:
+            labels = torch.as_tensor(inputs["label"], device=device)
+        shape = (network.in_channels, *inputs["shape"])
+        features = None
+        if network.with_fusion:
+            features = self.cache(network, list(inputs["reference_id"]), lambda i: inputs["reference"](i).to(device))
+
+        def noise(t: int) -> Tensor:
+            return randn_batch(shape, ids, self.seed, "step", t).to(device)
+
+        # The start of a variance-preserving process is x_T ~ N(0, I), whatever the schedule's last abar.
+        x_T = randn_batch(shape, ids, self.seed, "start").to(device)  # noqa: N806 - the paper's name
+        denoiser = self._denoiser(network, objective, ids, labels, features)
+        return sample(denoiser, x_T, self.timesteps, self.step_function, schedule=objective.schedule, noise=noise, clip=self.clip)
+
+    def _denoiser(self, network: GuidedUNet, objective: NoiseObjective, ids: list[str], labels: Tensor | None, features: Tensor | None) -> Denoiser:
+        def conditioned(t: int, labels: Tensor | None, features: Tensor | None, keep: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+            def perturb(h: Tensor) -> Tensor:
+                draw = randn_batch(h.shape[1:], ids, self.seed, "bottleneck", t).to(h)
+                return bottleneck_noise(h, draw.repeat(len(h) // len(ids), 1, 1, 1), self.bottleneck_scale, self.bottleneck_mode)
+
+            noisy = perturb if self.bottleneck_scale > 0 else None
+            return lambda x, time: network(x, time, class_labels=labels, features=features, keep_reference=keep, perturb=noisy)
+
+        def denoise(x_t: Tensor, t: int) -> Prediction:
+            if self.guidance_scale == 1:
+                level = objective.parameterisation.level(objective.schedule, t, len(ids), x_t.device)
+                return objective.parameterisation.denoise(conditioned(t, labels, features, None), x_t, level)
+            # Both passes in one batch: first with the conditions, then with the null label and null features.
+            level = objective.parameterisation.level(objective.schedule, t, 2 * len(ids), x_t.device)
+            both_labels = None if labels is None else torch.cat([labels, torch.full_like(labels, int(network.num_classes or 0))])
+            both_features = None if features is None else features.repeat(2, 1, 1, 1)
+            keep = torch.arange(2 * len(ids), device=x_t.device) < len(ids)
+            both = objective.parameterisation.denoise(conditioned(t, both_labels, both_features, keep), x_t.repeat(2, 1, 1, 1), level)
+            cond, uncond = (Prediction(*(value[part] for value in both)) for part in (slice(None, len(ids)), slice(len(ids), None)))
+            return classifier_free(cond, uncond, self.guidance_scale)
+
+        return denoise
+
+
+def make_sampler(objective: NoiseObjective | Mapping[str, Any], settings: Mapping[str, Any], seed: int = 0) -> GuidedSampler:
+    """A `GuidedSampler` from the plain settings of a config.
+
+    Raises:
+        ConfigError: an unknown setting.
+    """
+    known = {item.name for item in fields(GuidedSampler)} - {"objective", "seed"}
+    unknown = set(settings) - known
+    if unknown:
+        raise ConfigError("setting-unknown", f"Unknown sampler setting(s) {sorted(unknown)}; known are {sorted(known)}.")
+    return GuidedSampler(objective=objective, seed=seed, **settings)

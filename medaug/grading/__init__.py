@@ -1,0 +1,1 @@
+"""Does training on the synthetic images help? Equal steps, real test images, intervals, a verdict in plain words."""

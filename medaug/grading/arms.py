@@ -1,0 +1,211 @@
+"""Arms of a comparison: which images a classifier trains on, and how they are augmented.
+
+Every arm holds all real training images. What it adds is exact by class, nested over the amount (more synthetic images
+contain the fewer, at the same seed), and checked: no image whose generator, guide or filter saw a held-out group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medaug import storage
+from medaug.cohort import Case, Cohort, check_against, read_cohort
+from medaug.draws import key_seed
+from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.transforms.policies import POLICIES
+
+OVERSAMPLE = "oversample"
+ALLOCATIONS = ("as_generated", "proportional", "balance")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+Pair = tuple[Cohort, Case]
+
+__all__ = ["ALLOCATIONS", "OVERSAMPLE", "Arm", "build_training_set", "check_arm", "extra_counts", "in_proportion", "level", "parse_arm", "prepare_arms", "training_sha256"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: as the report prints it.
+        policy: classic augmentation of every training image, a name in `POLICIES`.
+        oversample: repeat real images instead of adding new ones; the control for "more images per step".
+        synthetic: the cohort whose training cases are added.
+        synthetic_per_real: how many per real image; None takes all.
+        allocation: classes of those: "as_generated" (the synthetic cohort's own mix), "proportional" (the real mix) or
+            "balance" (level the classes).
+        extra: images added per class; filled in by `prepare_arms`.
+        allow_untrusted: accept synthetic images whose origin is unknown (made elsewhere).
+    """
+
+    name: str
+    policy: str = "none"
+    oversample: bool = False
+    synthetic: Cohort | None = None
+    synthetic_per_real: float | None = None
+    allocation: str = "as_generated"
+    extra: tuple[int, ...] | None = None
+    allow_untrusted: bool = False
+
+    def content(self) -> dict[str, object]:
+        """What decides this arm's training set, for content addressing."""
+        return {
+            "name": self.name,
+            "policy": self.policy,
+            "oversample": self.oversample,
+            "extra": list(self.extra or ()),
+            "synthetic": None if self.synthetic is None else self.synthetic.content_sha256,
+        }
+
+
+def parse_arm(text: str, *, synthetic_per_real: float | None = None, allocation: str = "as_generated", allow_untrusted: bool = False) -> Arm:
+    """Read an arm as the command line writes it: a policy's name, ``oversample``, or ``NAME=FOLDER`` of accepted images.
+
+    Raises:
+        ConfigError: no such arm, a bad name, ratio or allocation.  DataError, LeakageError: the folder is no valid cohort.
+    """
+    name, separator, folder = text.partition("=")
+    if not separator:
+        if name == OVERSAMPLE:
+            return Arm(name, oversample=True)
+        if name in POLICIES:
+            return Arm(name, policy=name)
+        known = ", ".join([*POLICIES, OVERSAMPLE, "NAME=FOLDER"])
+        raise ConfigError("arm-unknown", f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.")
+    if not _NAME.fullmatch(name) or name in POLICIES or name == OVERSAMPLE or not folder:
+        raise ConfigError("arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ - and not a built-in arm, got {name!r}.")
+    if synthetic_per_real is not None and not synthetic_per_real > 0:
+        raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {synthetic_per_real!r}.")
+    if allocation not in ALLOCATIONS:
+        raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
+    synthetic = read_cohort(Path(folder), verify=True)
+    return Arm(name, synthetic=synthetic, synthetic_per_real=synthetic_per_real, allocation=allocation, allow_untrusted=allow_untrusted)
+
+
+def check_arm(arm: Arm, real: Cohort) -> None:
+    """Refuse an arm that would train on anything the held-out images leaked into.
+
+    Raises:
+        LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic.
+        DataError: classes or sizes differ, or there is no synthetic image.
+    """
+    if arm.synthetic is None:
+        return
+    check_against(arm.synthetic, real, allow_untrusted=arm.allow_untrusted)
+    posing = [case.id for case in arm.synthetic.cases() if not case.is_synthetic]
+    if posing:
+        raise LeakageError(
+            "real-in-synthetic-arm",
+            f"Arm {arm.name} holds {len(posing)} real image(s) ({', '.join(sorted(posing)[:5])}), which may be held-out ones; "
+            "give it the folder that `medaug gate` or `medaug import` wrote.",
+        )
+    if not arm.synthetic.training:
+        raise DataError("arm-empty", f"Arm {arm.name} has no synthetic training image; generate or accept more.")
+
+
+def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:
+    """Give `total` images away one by one to the class of highest ``urgency(class, added so far)``; ties to the earlier.
+
+    One by one means that a larger total only adds: no class ever loses an image, so training sets nest.
+    """
+    added = [0] * num_classes
+    for _ in range(total):
+        added[max(range(num_classes), key=lambda label: (urgency(label, added[label]), -label))] += 1
+    return added
+
+
+def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` in proportion to `weights`, exactly, by the method of Sainte-Lague (largest remainders would not nest)."""
+    return _spend(total, lambda label, added: weights[label] / (2 * added + 1), len(weights))
+
+
+def level(total: int, present: Sequence[int]) -> list[int]:
+    """Split `total` so that present + added is as equal over the classes as it can be."""
+    return _spend(total, lambda label, added: -(present[label] + added), len(present))
+
+
+def _real_cases(cohort: Cohort) -> list[Case]:
+    return [case for case in cohort.training if not case.is_synthetic]
+
+
+def _counts(cases: Sequence[Case], num_classes: int) -> list[int]:
+    counts = Counter(case.label for case in cases)
+    return [counts[label] for label in range(num_classes)]
+
+
+def extra_counts(arm: Arm, real: Cohort) -> tuple[int, ...]:
+    """Synthetic images per class that a synthetic arm adds to `real`.
+
+    Raises:
+        DataError: the cohort holds fewer than asked for, with the class and both numbers.
+    """
+    if arm.synthetic is None:
+        return (0,) * len(real.classes)
+    available = arm.synthetic.class_counts("training")
+    if arm.synthetic_per_real is None:
+        return tuple(available)
+    present = _counts(_real_cases(real), len(real.classes))
+    total = round(arm.synthetic_per_real * sum(present))
+    if arm.allocation == "balance":
+        wanted = level(total, present)
+    else:
+        wanted = in_proportion(total, available if arm.allocation == "as_generated" else present)
+    short = [f"{name}: {has} of {need}" for name, has, need in zip(real.classes, available, wanted, strict=True) if has < need]
+    if short:
+        raise DataError("synthetic-too-few", f"Arm {arm.name} needs more accepted images ({'; '.join(short)}); generate more or lower synthetic_per_real.")
+    return tuple(wanted)
+
+
+def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
+    """Check every arm and fix the images each one adds per class.
+
+    The control repeats real images to the count and classes of the largest synthetic arm; without one, until every
+    class is as large as the largest.
+
+    Raises:
+        ConfigError: no arm, or two of one name.  DataError, LeakageError: see `check_arm` and `extra_counts`.
+    """
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("arms-invalid", f"A comparison needs arms of different names, got {names}.")
+    for arm in arms:
+        check_arm(arm, real)
+    added = {arm.name: extra_counts(arm, real) for arm in arms}
+    present = _counts(_real_cases(real), len(real.classes))
+    largest = max((added[arm.name] for arm in arms if arm.synthetic is not None), key=sum, default=None)
+    control = largest if largest is not None else tuple(max(present) - count for count in present)
+    lacking = [name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has]
+    if lacking and any(arm.oversample for arm in arms):
+        raise DataError("class-empty", f"The control arm cannot repeat real images of {', '.join(lacking)}: the training split has none.")
+    return [replace(arm, extra=control if arm.oversample else added[arm.name]) for arm in arms]
+
+
+def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
+    """The training images of an arm from `prepare_arms`: all real ones, then the added ones, class by class.
+
+    Added images are taken in an order that belongs to (seed, case): a smaller amount is a subset of a larger one.
+
+    Raises:
+        LeakageError, DataError: see `check_arm`.  ConfigError: the arm did not pass through `prepare_arms`.
+    """
+    check_arm(arm, real)
+    if arm.extra is None:
+        raise ConfigError("arm-unprepared", f"Arm {arm.name} has no counts yet; pass it through prepare_arms.")
+    pairs: list[Pair] = [(real, case) for case in _real_cases(real)]
+    origin = real if arm.oversample or arm.synthetic is None else arm.synthetic
+    candidates = _real_cases(real) if origin is real else origin.training
+    for label, count in enumerate(arm.extra):
+        pool = [case for case in candidates if case.label == label]
+        pool.sort(key=lambda case: (key_seed("mix", seed, case.id), case.id))
+        pairs += [(origin, pool[place % len(pool)]) for place in range(count)]
+    return pairs
+
+
+def training_sha256(pairs: Sequence[Pair]) -> str:
+    """sha256 over the ordered case ids and cohorts of a training set."""
+    return storage.sha256_json([[cohort.content_sha256, case.id] for cohort, case in pairs])

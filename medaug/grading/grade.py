@@ -1,0 +1,94 @@
+"""The grading stage as one call: cohort, arms and networks in; rows, tables, report and verdict out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medaug import storage
+from medaug.cohort import Cohort, read_cohort
+from medaug.errors import ConfigError
+from medaug.grading.arms import parse_arm
+from medaug.grading.benchmark import MetricSink, Row, predictions_of, run_benchmark, summary_of
+from medaug.grading.recipe import grading_recipe
+from medaug.grading.report import write_report
+from medaug.grading.verdict import BASELINE, judge
+from medaug.networks.grading import NETWORKS, build_network
+from medaug.training.classifier import seeded
+
+DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
+VERDICT_NAME = "verdict.json"
+
+__all__ = ["DEFAULT_NETWORKS", "grade"]
+
+
+def grade(
+    cohort_dir: Path,
+    out: Path,
+    arm_specs: Sequence[str],
+    networks: Sequence[str] | str = DEFAULT_NETWORKS,
+    seeds: int | Sequence[int] = 3,
+    profile: str = "cpu32",
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    synthetic_per_real: float | None = None,
+    allocation: str = "as_generated",
+    allow_untrusted: bool = False,
+    device: str | torch.device = "cpu",
+    num_resamples: int = 10_000,
+    command: str = "",
+    progress: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+    tracking: MetricSink | None = None,
+) -> dict[str, Any]:
+    """Compare arms on a cohort's real test split. Run again after a kill, it goes on where it stopped.
+
+    Args:
+        arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images.
+        networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
+        seeds: how many, or which.
+        profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
+        synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all.
+        command: what the report says it was made with; no personal paths.
+        tracking: a run that takes `log_metrics`.
+
+    Returns:
+        {"rows": [one flat summary per cell], "verdict": {arm: {...}}}; out/ holds rows/, rows.csv, table.csv, table.md,
+        verdict.json, comparison.png and report.html.
+
+    Raises:
+        ConfigError: unknown arm, network, profile; no `none` arm.  DataError: unusable cohort.  LeakageError: an arm saw
+        held-out groups.  StorageError: the folder is in use or cannot be written.
+    """
+    out = Path(out)
+    cohort = read_cohort(Path(cohort_dir), verify=True)
+    names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
+    which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    options: dict[str, Any] = {"synthetic_per_real": synthetic_per_real, "allocation": allocation, "allow_untrusted": allow_untrusted}
+    arms = [parse_arm(spec, **options) for spec in arm_specs]
+    if BASELINE not in [arm.name for arm in arms]:
+        raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
+    recipes = {name: grading_recipe(profile, name, overrides) for name in names}
+    _check_networks(names, cohort)
+    rows = run_benchmark(cohort, arms, names, which, recipes, out, progress=progress, on_row=on_row, tracking=tracking, device=device)
+    predictions = predictions_of(cohort, rows)
+    leak = cohort.notes.get("leak") or {}
+    verdict = judge(predictions, ordinal=cohort.ordinal, leak_warning=leak.get("warning"), num_resamples=num_resamples)
+    summaries = [summary_of(row) for row in rows]
+    storage.write_json(out / VERDICT_NAME, verdict)
+    write_report(out, cohort, rows, verdict, command=command, profile=profile)
+    return {"rows": summaries, "verdict": verdict}
+
+
+def _check_networks(names: Sequence[str], cohort: Cohort) -> None:
+    """Build every network once before the first hour of training: a wrong name or image size shows now.
+
+    Raises:
+        ConfigError: see `medaug.networks.grading.build_network`.
+    """
+    for name in names:
+        with seeded("check", name):
+            build_network(name, len(cohort.classes), cohort.channels, cohort.image_size)

@@ -1,0 +1,68 @@
+"""The frozen training recipes of a comparison: one per network and profile, the same for every arm.
+
+Tuned once on validation with real images only; an arm must never get a recipe of its own. What an arm changes is its
+training set and its classic augmentation, never the number of optimiser steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from medaug.errors import ConfigError
+from medaug.training.classifier import ClassifierRecipe
+
+DEFAULT = "default"
+_TRANSFORMERS = {"learning_rate": 3e-4, "weight_decay": 0.05}
+
+# profile -> network (or "default") -> fields of ClassifierRecipe that differ from the profile's default.
+GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {DEFAULT: {"num_steps": 30, "batch_size": 16, "evaluate_every": 15, "learning_rate": 3e-3}},
+    "quickstart": {
+        DEFAULT: {"num_steps": 60, "batch_size": 16, "evaluate_every": 20},
+        "simple_cnn": {"num_steps": 200, "batch_size": 32, "evaluate_every": 40, "learning_rate": 3e-3},
+    },
+    "cpu32": {
+        DEFAULT: {"num_steps": 250, "evaluate_every": 25},
+        "simple_cnn": {"num_steps": 500, "evaluate_every": 50},
+    },
+    "cpu64": {
+        DEFAULT: {"num_steps": 300, "evaluate_every": 30},
+        "simple_cnn": {"num_steps": 600, "evaluate_every": 60},
+    },
+    "paper": {
+        DEFAULT: {"num_steps": 6000, "evaluate_every": 200},
+        "vit_small_patch16_224": _TRANSFORMERS,
+        "swin_tiny_patch4_window7_224": _TRANSFORMERS,
+    },
+}
+
+__all__ = ["GRADING_PROFILES", "grading_recipe"]
+
+
+def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | None = None) -> ClassifierRecipe:
+    """The recipe of a network in a profile.
+
+    Args:
+        profile: a key of `GRADING_PROFILES`.
+        network: networks without an entry of their own take the profile's default.
+        overrides: fields to change, for every arm alike.
+
+    Raises:
+        ConfigError: unknown profile or field, or a value out of range.
+    """
+    if profile not in GRADING_PROFILES:
+        raise ConfigError("profile-unknown", f"A grading profile must be one of {', '.join(GRADING_PROFILES)}, got {profile!r}.")
+    entries = GRADING_PROFILES[profile]
+    recipe = ClassifierRecipe(**(entries[DEFAULT] | entries.get(network, {})))
+    known = {field.name for field in fields(ClassifierRecipe)}
+    unknown = set(overrides or {}) - known
+    if unknown:
+        raise ConfigError("recipe-unknown-key", f"A classifier recipe has the fields {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.")
+    return replace(recipe, **(overrides or {}))
+
+
+def recipe_content(recipe: ClassifierRecipe) -> dict[str, Any]:
+    """The recipe as plain values, for content addressing and reports."""
+    return asdict(recipe)

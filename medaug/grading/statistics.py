@@ -1,0 +1,298 @@
+"""Metrics of a classifier and the paired bootstrap by group: short functions on NumPy arrays, no state.
+
+Names: N cases, K classes, S runs (seeds, or seeds x networks), R resamples. Anything undefined is NaN inside this module
+and becomes None with a reason in `classification_metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from medaug.draws import numpy_generator
+from medaug.errors import ConfigError, DataError
+from medaug.training.classifier import confusion_counts, macro_f1
+
+CALIBRATION_BINS = 15
+_CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
+
+__all__ = [
+    "BOOTSTRAP_METRICS",
+    "PairedDifference",
+    "accuracy",
+    "balanced_accuracy",
+    "bootstrap_scores",
+    "classification_metrics",
+    "compare_scores",
+    "expected_calibration_error",
+    "grade_error",
+    "holm",
+    "macro_auc",
+    "paired_bootstrap",
+    "quadratic_kappa",
+    "wilcoxon_networks",
+]
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, NaN where the denominator is 0."""
+    numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
+    return np.divide(numerator, denominator, out=np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan), where=denominator > 0)
+
+
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Share of hits; counts (..., K, K), rows the truth -> (...)."""
+    return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum((-2, -1)))
+
+
+def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that occur in the truth; counts (..., K, K) -> (...)."""
+    recall = _ratio(np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1))
+    present = ~np.isnan(recall)
+    return _ratio(np.where(present, recall, 0).sum(-1), present.sum(-1))
+
+
+def quadratic_kappa(counts: np.ndarray) -> np.ndarray:
+    """Cohen's kappa with weights (i-j)^2 / (K-1)^2; counts (..., K, K) -> (...).
+
+    1 - sum w O / sum w E with E from the marginals (Cohen 1968). NaN if truth and predictions are one and the same class.
+    """
+    num_classes = counts.shape[-1]
+    grades = np.arange(num_classes)
+    weights = (grades[:, None] - grades[None, :]) ** 2 / max(num_classes - 1, 1) ** 2
+    expected = counts.sum(-1)[..., :, None] * counts.sum(-2)[..., None, :]
+    return 1 - _ratio((weights * counts).sum((-2, -1)) * counts.sum((-2, -1)), (weights * expected).sum((-2, -1)))
+
+
+def grade_error(counts: np.ndarray) -> np.ndarray:
+    """Mean absolute error of the grade, in grades; counts (..., K, K) -> (...)."""
+    grades = np.arange(counts.shape[-1])
+    return _ratio((np.abs(grades[:, None] - grades[None, :]) * counts).sum((-2, -1)), counts.sum((-2, -1)))
+
+
+def expected_calibration_error(target: np.ndarray, probs: np.ndarray, num_bins: int = CALIBRATION_BINS) -> float:
+    """Mean |confidence - accuracy| over equal bins of the confidence, weighted by their size (Guo et al. 2017, eq. 3)."""
+    confidence = probs.max(1)
+    correct = probs.argmax(1) == target
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    gap = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
+    return float(np.abs(gap).sum() / len(target))
+
+
+def _weighted_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve, ties counted half; weights (R, N) -> (R,), NaN without positives or negatives."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    ordered = weights[:, order]
+    up = np.add.reduceat(ordered * positive[order], starts, axis=1)
+    down = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
+    below = np.cumsum(down, axis=1) - down / 2
+    return _ratio((up * below).sum(1), up.sum(1) * down.sum(1))
+
+
+def macro_auc(target: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """AUC of class 1 for two classes, else the mean one-versus-rest AUC; NaN if a class is absent.
+
+    Args:
+        target: (N,) class indices.  probs: (N, K).  weights: (R, N) counts of each case; default once.
+
+    Returns:
+        (R,) values.
+    """
+    weights = np.ones((1, len(target))) if weights is None else weights
+    classes = [1] if probs.shape[1] == 2 else range(probs.shape[1])
+    return np.mean([_weighted_auc(probs[:, index], target == index, weights) for index in classes], axis=0)
+
+
+_COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
+    "quadratic_kappa": quadratic_kappa,
+    "grade_mae": grade_error,
+}
+BOOTSTRAP_METRICS = (*_COUNT_METRICS, "auc")
+
+
+def classification_metrics(target: np.ndarray, probs: np.ndarray, *, ordinal: bool) -> dict[str, Any]:
+    """Every metric of one set of predictions, ready for JSON.
+
+    Args:
+        target: (N,) class indices.  probs: (N, K), rows sum to 1.  ordinal: also kappa and the grade's error.
+
+    Returns:
+        accuracy, balanced_accuracy, macro_f1, auc, ece, quadratic_kappa and grade_mae (None unless ordinal), per_class
+        (precision, recall, f1, support), confusion (rows the truth), undefined (metric -> reason for every None).
+
+    Raises:
+        DataError: no cases, or shapes that do not fit.
+    """
+    target, probs = _checked(target, probs)
+    num_classes = probs.shape[1]
+    counts = confusion_counts(target, probs.argmax(1), num_classes)
+    values = {"accuracy": accuracy(counts), "balanced_accuracy": balanced_accuracy(counts), "macro_f1": macro_f1(counts)}
+    values |= {"auc": macro_auc(target, probs)[0], "ece": np.asarray(expected_calibration_error(target, probs))}
+    undefined = {} if ordinal else {"quadratic_kappa": "the classes have no order", "grade_mae": "the classes have no order"}
+    if ordinal:
+        values |= {"quadratic_kappa": quadratic_kappa(counts), "grade_mae": grade_error(counts)}
+    absent = [index for index in range(num_classes) if counts[index].sum() == 0]
+    reasons = {"auc": f"no case of class index {absent}", "quadratic_kappa": "truth and predictions are all one class"}
+    undefined |= {name: reasons.get(name, "undefined") for name, value in values.items() if math.isnan(float(value))}
+    result: dict[str, Any] = {name: None if math.isnan(float(value)) else float(value) for name, value in values.items()}
+    result |= {name: None for name in undefined if name not in result}
+    return result | {"per_class": _per_class(counts), "confusion": counts.tolist(), "undefined": undefined}
+
+
+def _checked(target: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    target, probs = np.asarray(target), np.asarray(probs, dtype=float)
+    if probs.ndim != 2 or target.shape != (len(probs),) or len(target) == 0 or target.min() < 0 or target.max() >= probs.shape[1]:
+        raise DataError("predictions-invalid", f"Metrics need targets (N,) inside the K classes and probabilities (N, K), got {target.shape} and {probs.shape}.")
+    return target, probs
+
+
+def _per_class(counts: np.ndarray) -> list[dict[str, float | int | None]]:
+    hits, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    columns = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, truth), "f1": _ratio(2 * hits, truth + predicted)}
+    return [
+        {name: None if np.isnan(values[index]) else float(values[index]) for name, values in columns.items()} | {"support": int(truth[index])}
+        for index in range(len(counts))
+    ]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Arm a minus arm b.
+
+    Attributes:
+        difference: on the test set as it is.  low, high: 95 % percentile interval over the resamples.
+        p_value: two-sided, (1 + hits) / (1 + R) so never 0; 1 for identical predictions.
+        score_a, score_b: the two values on the test set as it is.
+        num_undefined: resamples in which the metric did not exist (a class was not drawn) and which were left out.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    score_a: float
+    score_b: float
+    num_resamples: int
+    num_undefined: int = 0
+
+
+def bootstrap_scores(
+    target: np.ndarray, groups: Sequence[str], probs: np.ndarray, metric: str, *, num_resamples: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """A metric on the test set and on resamples of its groups, averaged over the runs.
+
+    The draws depend on (seed, number of groups) alone, so two arms on one test set meet the same resamples.
+
+    Args:
+        target: (N,).  groups: (N,) patient or near-duplicate group of each case.  probs: (S, N, K).
+        metric: one of `BOOTSTRAP_METRICS`.
+
+    Returns:
+        (1 + num_resamples,): entry 0 is the test set itself.
+
+    Raises:
+        ConfigError: unknown metric.  DataError: shapes that do not fit.
+    """
+    if metric not in BOOTSTRAP_METRICS:
+        raise ConfigError("metric-unknown", f"A bootstrap metric must be one of {', '.join(BOOTSTRAP_METRICS)}, got {metric!r}.")
+    probs = np.asarray(probs, dtype=float)
+    if probs.ndim != 3 or len(groups) != probs.shape[1]:
+        raise DataError("predictions-invalid", f"The bootstrap needs probabilities (S, N, K) and N groups, got {probs.shape} and {len(groups)}.")
+    target = _checked(target, probs[0])[0]
+    names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    score = _scorer(target, member, probs, metric, len(names))
+    chunk = max(1, _CHUNK_ELEMENTS // max(len(target), len(names)))
+    scores = [score(np.ones((1, len(names))))]
+    generator = numpy_generator("bootstrap", seed, len(names))
+    for start in range(0, num_resamples, chunk):
+        size = min(chunk, num_resamples - start)
+        scores.append(score(generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=size).astype(float)))
+    return np.concatenate(scores)
+
+
+def _scorer(target: np.ndarray, member: np.ndarray, probs: np.ndarray, metric: str, num_groups: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The function (R, G) multiplicities of the groups -> (R,) metric, mean over the runs."""
+    if metric == "auc":
+        return lambda weights: np.mean([macro_auc(target, run, weights[:, member]) for run in probs], axis=0)
+    num_runs, _, num_classes = probs.shape
+    # Confusion counts add up over groups, so a resample is one row of a matrix product.
+    per_group = np.zeros((num_groups, num_runs, num_classes, num_classes))
+    for run in range(num_runs):
+        np.add.at(per_group, (member, run, target, probs[run].argmax(1)), 1)
+    flat = per_group.reshape(num_groups, -1)
+    function = _COUNT_METRICS[metric]
+    return lambda weights: function((weights @ flat).reshape(-1, num_runs, num_classes, num_classes)).mean(-1)
+
+
+def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifference:
+    """The paired difference of two outputs of `bootstrap_scores` on the same test set and seed."""
+    # Equal counts summed in another order differ in the last bit: that is no difference.
+    differences = np.round(scores_a[1:] - scores_b[1:], 12)
+    known = differences[~np.isnan(differences)]
+    num_undefined = len(differences) - len(known)
+    if not len(known) or math.isnan(scores_a[0] - scores_b[0]):
+        return PairedDifference(math.nan, math.nan, math.nan, 1.0, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined)
+    low, high = np.percentile(known, [2.5, 97.5])
+    tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
+    p_value = min(1.0, 2 * (1 + tail) / (1 + len(known)))
+    difference = float(scores_a[0] - scores_b[0])
+    return PairedDifference(difference, float(low), float(high), p_value, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined)
+
+
+def paired_bootstrap(
+    target: np.ndarray,
+    groups: Sequence[str],
+    probs_a: np.ndarray,
+    probs_b: np.ndarray,
+    metric: str,
+    *,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Difference a - b of a metric with its interval over resampled groups, the same groups in both arms.
+
+    The interval says what another draw of test patients could have shown; it holds the trained networks fixed.
+
+    Args:
+        target: (N,).  groups: (N,).  probs_a, probs_b: (S, N, K), averaged over S after scoring each run.
+    """
+    scores = [bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed) for probs in (probs_a, probs_b)]
+    return compare_scores(*scores)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment of a family of p-values (Holm 1979)."""
+    adjusted: dict[str, float] = {}
+    running = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: (p_values[name], name))):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = running
+    return adjusted
+
+
+def wilcoxon_networks(differences: Sequence[float]) -> dict[str, Any]:
+    """Signed-rank test over networks: are the seed-averaged differences of one sign?
+
+    Networks share one test set, so this speaks about consistency, not about other patients. Two networks can never reach
+    0.05, ten reach 0.002 at best.
+
+    Returns:
+        num_networks, wins (differences above 0), median, p_value (None with `reason` if all differences are 0 or none is given).
+    """
+    values = np.asarray(differences, dtype=float)
+    values = values[~np.isnan(values)]
+    summary: dict[str, Any] = {"num_networks": len(values), "wins": int((values > 0).sum())}
+    summary["median"] = float(np.median(values)) if len(values) else None
+    if not np.any(values):
+        return summary | {"p_value": None, "reason": "every difference is 0" if len(values) else "no difference is defined"}
+    exact = len(np.unique(np.abs(values))) == len(values) and bool(np.all(values)) and len(values) <= 50
+    return summary | {"p_value": float(stats.wilcoxon(values, method="exact" if exact else "approx").pvalue), "reason": None}

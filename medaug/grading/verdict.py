@@ -1,0 +1,181 @@
+"""From predictions to a plain sentence per arm: helps, no evidence, harms.
+
+An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
+that repeats real images, both also after Holm's correction over the arms. It "harms" if its interval against plain
+training lies below 0. Everything else is "no evidence", which is not "no effect".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from medaug.errors import ConfigError, DataError
+from medaug.grading.statistics import PairedDifference, bootstrap_scores, compare_scores, holm, wilcoxon_networks
+
+BASELINE = "none"
+CONTROL = "oversample"
+SIGNIFICANCE = 0.05
+FEW_GROUPS = 20
+
+METRIC_LABELS = {"balanced_accuracy": "balanced accuracy", "quadratic_kappa": "quadratic kappa"}
+
+__all__ = ["BASELINE", "CONTROL", "Predictions", "check_complete", "judge", "primary_metric"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the rows of a benchmark say about the test set.
+
+    Attributes:
+        target: (N,) true classes.  groups: (N,) group of each case.
+        probs: (arm, network) -> (S, N, K), one entry per seed, seeds in the same order everywhere.
+        validation: (arm, network) -> primary metric on validation, mean over seeds; None where undefined.
+    """
+
+    target: np.ndarray
+    groups: Sequence[str]
+    probs: Mapping[tuple[str, str], np.ndarray]
+    validation: Mapping[tuple[str, str], float | None]
+
+    @property
+    def arms(self) -> list[str]:
+        """Arm names in first-seen order."""
+        return list(dict.fromkeys(arm for arm, _ in self.probs))
+
+    @property
+    def networks(self) -> list[str]:
+        """Network names in first-seen order."""
+        return list(dict.fromkeys(network for _, network in self.probs))
+
+
+def primary_metric(ordinal: bool) -> str:
+    """The one figure the verdict rests on: quadratic kappa for ordered classes, else balanced accuracy."""
+    return "quadratic_kappa" if ordinal else "balanced_accuracy"
+
+
+def check_complete(predictions: Predictions) -> None:
+    """Every arm must have every network and the baseline must be there.
+
+    Raises:
+        ConfigError: no baseline arm.  DataError: a missing cell or a different number of seeds or cases.
+    """
+    if BASELINE not in predictions.arms:
+        raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`, got {', '.join(predictions.arms)}; add --arm {BASELINE}.")
+    shapes = {values.shape for values in predictions.probs.values()}
+    if len(shapes) != 1 or len(predictions.probs) != len(predictions.arms) * len(predictions.networks):
+        raise DataError("rows-incomplete", "Every arm needs the same networks, seeds and test cases; run the same grading command again to fill the gaps.")
+
+
+def judge(
+    predictions: Predictions,
+    *,
+    ordinal: bool,
+    leak_warning: str | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Judge every arm but the baseline.
+
+    Returns:
+        arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, against_none and against_control (difference,
+        low, high, p_value, p_holm, score_a, score_b ...; control None if there is none), seed_differences, per_network,
+        wilcoxon, validation_difference, warnings.
+    """
+    check_complete(predictions)
+    metric = primary_metric(ordinal)
+    scores = {
+        cell: bootstrap_scores(predictions.target, predictions.groups, probs, metric, num_resamples=num_resamples, seed=seed)
+        for cell, probs in predictions.probs.items()
+    }
+    pooled = {arm: np.mean([scores[arm, network] for network in predictions.networks], axis=0) for arm in predictions.arms}
+    judged = [arm for arm in predictions.arms if arm != BASELINE]
+    against_none = {arm: compare_scores(pooled[arm], pooled[BASELINE]) for arm in judged}
+    has_control = CONTROL in predictions.arms
+    against_control = {arm: compare_scores(pooled[arm], pooled[CONTROL]) for arm in judged if has_control and arm != CONTROL}
+    holm_none = holm({arm: result.p_value for arm, result in against_none.items()})
+    holm_control = holm({arm: result.p_value for arm, result in against_control.items()})
+    warnings = _warnings(predictions, leak_warning, has_control)
+    verdicts: dict[str, dict[str, Any]] = {}
+    for arm in judged:
+        control = against_control.get(arm)
+        helped = _above(against_none[arm], holm_none[arm]) and (control is None or _above(control, holm_control[arm]))
+        verdict = "helps" if helped else "harms" if against_none[arm].high < 0 else "no evidence"
+        seeds = _seed_differences(predictions, arm, metric)
+        networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
+        verdicts[arm] = {
+            "verdict": verdict,
+            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], against_none[arm], control, seeds, len(predictions.networks)),
+            "metric": metric,
+            "against_none": _plain(against_none[arm], holm_none[arm]),
+            "against_control": None if control is None else _plain(control, holm_control[arm]),
+            "seed_differences": [_none_if_nan(value) for value in seeds],
+            "per_network": {network: _plain(result, None) for network, result in networks.items()},
+            "wilcoxon": wilcoxon_networks([result.difference for result in networks.values()]),
+            "validation_difference": _validation_difference(predictions, arm),
+            "warnings": warnings,
+        }
+    return verdicts
+
+
+def _above(result: PairedDifference, p_holm: float) -> bool:
+    return result.low > 0 and p_holm < SIGNIFICANCE
+
+
+def _seed_differences(predictions: Predictions, arm: str, metric: str) -> list[float]:
+    """Arm minus baseline for each seed, mean over networks: how much the verdict owes to chance in training."""
+
+    def score(name: str, index: int) -> float:
+        runs = np.stack([predictions.probs[name, network][index] for network in predictions.networks])
+        return float(bootstrap_scores(predictions.target, predictions.groups, runs, metric, num_resamples=0)[0])
+
+    num_seeds = len(next(iter(predictions.probs.values())))
+    return [score(arm, index) - score(BASELINE, index) for index in range(num_seeds)]
+
+
+def _validation_difference(predictions: Predictions, arm: str) -> float | None:
+    pairs = [(predictions.validation.get((arm, network)), predictions.validation.get((BASELINE, network))) for network in predictions.networks]
+    known = [ours - baseline for ours, baseline in pairs if ours is not None and baseline is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _warnings(predictions: Predictions, leak_warning: str | None, has_control: bool) -> list[str]:
+    notes = [leak_warning] if leak_warning else []
+    num_groups = len(set(predictions.groups))
+    if num_groups < FEW_GROUPS:
+        notes.append(f"The test split has only {num_groups} groups; intervals from so few are rough.")
+    if not has_control:
+        notes.append(f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones; add --arm {CONTROL}.")
+    return notes
+
+
+def _sentence(
+    arm: str, verdict: str, metric: str, none: PairedDifference, control: PairedDifference | None, seeds: Sequence[float], num_networks: int
+) -> str:
+    """One plain sentence with the numbers the verdict rests on."""
+    if math.isnan(none.difference):
+        return f"{arm}: no evidence; {metric} is undefined on this test split."
+    opening = {"helps": "helps", "harms": "harms", "no evidence": "shows no evidence of help or harm"}[verdict]
+    text = (
+        f"{arm} {opening}: {metric} {none.score_a:.3f} against {none.score_b:.3f} without augmentation, "
+        f"difference {none.difference:+.3f} (95 % interval {none.low:+.3f} to {none.high:+.3f})"
+    )
+    if control is not None:
+        text += f"; against repeated real images {control.difference:+.3f} ({control.low:+.3f} to {control.high:+.3f})"
+    text += f"; mean over {num_networks} network(s) and {len(seeds)} seed(s)"
+    if len(seeds) > 1 and min(seeds) < 0 < max(seeds):
+        text += f", whose seeds disagree on the sign ({min(seeds):+.3f} to {max(seeds):+.3f})"
+    return text + "."
+
+
+def _plain(result: PairedDifference, p_holm: float | None) -> dict[str, Any]:
+    row = {name: _none_if_nan(value) for name, value in asdict(result).items()}
+    return row if p_holm is None else row | {"p_holm": p_holm}
+
+
+def _none_if_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

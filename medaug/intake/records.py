@@ -1,0 +1,152 @@
+"""What passes between the steps of intake: options, items found, records read, rows left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medaug import storage
+from medaug.cohort import Cohort
+from medaug.errors import ConfigError
+
+KEYS = ("file", "sop", "series", "study", "patient", "accession")
+MAX_IMAGE_SIZE = 2048
+PLAIN_DICOM_NAME = re.compile(r"(?:(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}|[0-2](?:\.\d+){3,})(?:\.(?:dcm|ima))?", re.IGNORECASE)
+PLACEHOLDER_IDS = frozenset({"", "0", "anon", "anonym", "anonymous", "anonymized", "anonymised", "unknown", "none", "nan", "na", "n/a", "null", "x", "xxx"})
+
+
+@dataclass
+class IntakeOptions:
+    """What the user asked for.
+
+    Attributes:
+        source: folder (or DICOMDIR) of images, MedMNIST .npz, or MONAI datalist .json.
+        out: folder of the cohort to make.
+        labels: CSV or XLSX table; None takes labels from folders, archive or datalist.
+        key: what the table's key column holds: file, sop, series, study, patient or accession.
+        key_column: its name; None looks for a usual one.
+        label_column, group_column, patient_column, split_column: names in the table (or fields of the datalist).
+        image_size: side of the cohort's images in pixels.
+        split: shares of training, validation, test; None keeps the source's own splits, else 0.7, 0.1, 0.2.
+        seed: key of the split.
+        dry_run: count and report, write nothing.
+        window: (lower, upper) in Hounsfield or stored units; None: see `transforms.prepare.to_unit`.
+        ordinal: True or False overrides what the class names say.
+        name: the cohort's name; None takes the name of the output folder.
+        sheet: sheet of an XLSX table; None takes the first.
+        modality: "CT", "CR" ... where the files do not say.
+    """
+
+    source: Path
+    out: Path
+    labels: Path | None = None
+    key: str = "file"
+    key_column: str | None = None
+    label_column: str | None = None
+    group_column: str | None = None
+    patient_column: str | None = None
+    split_column: str | None = None
+    image_size: int = 64
+    split: tuple[float, float, float] | None = None
+    seed: int = 0
+    dry_run: bool = False
+    window: tuple[float, float] | None = None
+    ordinal: bool | None = None
+    name: str | None = None
+    sheet: str | None = None
+    modality: str = ""
+
+    def config(self) -> dict[str, Any]:
+        """What decides the content of the cohort: no path, so that its hash can be published."""
+        left_out = ("source", "out", "labels", "dry_run")
+        return {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
+
+    def checked(self) -> IntakeOptions:
+        """These options with real paths.
+
+        Raises:
+            ConfigError: an option that cannot be meant.
+        """
+        if self.key not in KEYS:
+            raise ConfigError("key-unknown", f"--key must be one of {', '.join(KEYS)}, got {self.key!r}.")
+        if not 8 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ConfigError("image-size-invalid", f"--image-size must be 8 to {MAX_IMAGE_SIZE} pixels, got {self.image_size}.")
+        source, out = Path(self.source), Path(self.out)
+        source = source.parent if source.name.upper() == "DICOMDIR" else source
+        if not source.exists():
+            raise ConfigError("source-missing", "The source to take in does not exist; check the path.")
+        if self.labels is not None and not Path(self.labels).is_file():
+            raise ConfigError("labels-missing", "The label table does not exist; check the path given with --labels.")
+        if source.resolve() == out.resolve():
+            raise ConfigError("out-is-source", "The output folder is the source itself; choose another --out.")
+        labels = None if self.labels is None else Path(self.labels)
+        return IntakeOptions(**{**self.__dict__, "source": source, "out": out, "labels": labels})
+
+
+@dataclass
+class Item:
+    """One image file (or archive) before it is read; `relative` is for joins only and never written."""
+
+    relative: str
+    path: Path
+    kind: str  # "raster", "dicom", "nifti", "npz"
+    label: str | None = None
+    split: str | None = None
+    group: str = ""
+    patient: str = ""
+
+
+@dataclass
+class Record:
+    """One image as read and prepared: everything that is kept of it in memory.
+
+    `label` and `split` are texts and lists of what the source says until `assemble` has decided on them.
+    """
+
+    item: Item
+    source: str
+    labels: tuple[str, ...]
+    split: str | None
+    group_keys: tuple[tuple[str, str], ...]
+    secrets: tuple[str, ...] = field(repr=False)
+    position: str = ""
+    volume: str | None = None
+    modality: str = ""
+    acquisition: dict[str, Any] = field(default_factory=dict)
+    intensity: dict[str, Any] = field(default_factory=dict)
+    pixels: str = ""
+    thumbnail: np.ndarray | None = None
+    is_colour: bool = False
+    is_blank: bool = False
+    case_id: str = ""
+    label: int = -1
+    patient: str = ""
+    group: str = ""
+
+    def order(self) -> tuple[str, str, str]:
+        """Sort key that does not depend on the order in which files are found."""
+        return self.source, self.position, self.item.relative
+
+    @property
+    def name(self) -> str:
+        """File name that may be written, with the place in its file, or "" if it could identify someone."""
+        base = public_name(self.item, self.secrets)
+        return base + self.position if base else ""
+
+    @property
+    def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:
+    """What the quarantine calls a file that gave no image: its public name, else the start of its sha256."""
+    return public_name(item, secrets) or f"sha256:{sha_of(item.path)[:12]}"
+
+
+def sha_of(path: Path) -> str:
+    """sha256 of a file, of nothing if it cannot be read."""
+    try:
+        return storage.sha256_file(path)
+    except OSError:
+        return storage.sha256_bytes(b"")

@@ -1,0 +1,44 @@
+"""A guided diffusion network from plain settings, as a bundle or a run folder holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from medaug.errors import ConfigError
+from medaug.networks.guided_unet import GuidedUNet
+from medaug.networks.lean_unet import LeanUNet
+from medaug.networks.reference_encoder import ReferenceEncoder
+from medaug.networks.unet import MonaiUNet
+
+BACKBONES = {"lean": LeanUNet, "monai": MonaiUNet}
+SETTINGS = ("backbone", "class_conditional", "backbone_options", "reference")
+
+
+def build_guided_unet(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> GuidedUNet:
+    """Build U-Net, reference encoder and fusion.
+
+    Args:
+        settings: ``backbone`` ("lean" or "monai"), ``class_conditional``, ``backbone_options`` (arguments of the
+            backbone), ``reference`` (arguments of the reference encoder, or None for no fusion).
+        in_channels: image channels C.
+        num_classes: K, for the label embedding and the reference encoder's classifier.
+
+    Raises:
+        ConfigError: unknown backbone or option.
+    """
+    unknown = set(settings) - set(SETTINGS)
+    if unknown:
+        raise ConfigError("setting-unknown", f"Unknown network setting(s) {sorted(unknown)}; known are {list(SETTINGS)}.")
+    name = settings.get("backbone", "monai")
+    if name not in BACKBONES:
+        raise ConfigError("backbone-unknown", f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}.")
+    labels = num_classes if settings.get("class_conditional") else None
+    try:
+        unet: Any = BACKBONES[name](in_channels=in_channels, out_channels=in_channels, num_classes=labels, **settings.get("backbone_options") or {})
+        reference = settings.get("reference")
+        if reference is None:
+            return GuidedUNet(unet, None)
+        return GuidedUNet(unet, ReferenceEncoder(stride=unet.bottleneck_stride, num_classes=num_classes, in_channels=in_channels, **reference))
+    except TypeError as error:
+        raise ConfigError("setting-unknown", f"A network setting is not known: {error}.") from error

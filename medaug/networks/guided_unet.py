@@ -1,0 +1,108 @@
+"""A U-Net guided by the features of a reference image: encode, fuse, middle, perturb, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from medaug.errors import ConfigError
+from medaug.networks.fusion import FeatureFusion
+from medaug.networks.lean_unet import LeanUNet
+from medaug.networks.reference_encoder import ReferenceEncoder
+from medaug.networks.unet import MonaiUNet
+
+UNet = MonaiUNet | LeanUNet
+
+
+class GuidedUNet(nn.Module):
+    """U-Net whose bottleneck takes up reference features and can be perturbed.
+
+    The reference encoder does not depend on the noise level: call `reference` once per reference and give its features to every
+    step. Without an encoder, or with `with_fusion=False`, it is the plain U-Net at the plain U-Net's cost.
+
+    Args:
+        unet: the denoising network.
+        reference_encoder: makes the features; its stride must be the U-Net's `bottleneck_stride`.
+        with_fusion: False leaves the fusion out, also if there is an encoder.
+
+    Raises:
+        ConfigError: the strides differ.
+    """
+
+    def __init__(self, unet: UNet, reference_encoder: ReferenceEncoder | None = None, with_fusion: bool = True) -> None:
+        super().__init__()
+        if reference_encoder is not None and reference_encoder.stride != unet.bottleneck_stride:
+            raise ConfigError(
+                "reference-stride",
+                f"The reference encoder has stride {reference_encoder.stride}, the U-Net's bottleneck {unet.bottleneck_stride}; "
+                "build the encoder with the U-Net's bottleneck_stride.",
+            )
+        self.unet = unet
+        self.reference_encoder = reference_encoder
+        self.with_fusion = with_fusion and reference_encoder is not None
+        self.fusion = (
+            FeatureFusion(unet.bottleneck_channels, reference_encoder.out_channels)
+            if self.with_fusion and reference_encoder
+            else None
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the noisy image."""
+        return self.unet.in_channels
+
+    @property
+    def num_classes(self) -> int | None:
+        """K of the class embedding (NULL = K), or None."""
+        return self.unet.num_classes
+
+    def reference(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C_r, h, w) and logits (B, K) of reference images (B, C, H, W) in [-1, 1], in one pass, with gradients."""
+        features, logits = self._encoder()(images)
+        return features, logits
+
+    def reference_features(self, images: Tensor) -> Tensor:
+        """The features of `reference` alone, stopping the encoder where they are made: for sampling."""
+        return self._encoder().features(images)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        class_labels: Tensor | None = None,
+        features: Tensor | None = None,
+        keep_reference: Tensor | None = None,
+        perturb: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Prediction (B, out_channels, H, W).
+
+        Args:
+            x: noisy images (B, in_channels, H, W).
+            time: (B,) noise level as the parameterisation tells it.
+            class_labels: (B,) integers in [0, K]; None means NULL = K.
+            features: of `reference`, batch B or 1; None means the learned null features.
+            keep_reference: (B,) booleans; False replaces that image's features by the null features (condition drop-out).
+            perturb: applied to the middle block's output (B, C_b, h, w); skips stay as they are.
+
+        Raises:
+            ConfigError: features for a network without fusion, or of another shape than the bottleneck.
+        """
+        temb = self.unet.embed(time, class_labels)
+        h, skips = self.unet.encode(x, temb)
+        if self.fusion is not None:
+            h = self.fusion(h, features, keep_reference)
+        elif features is not None:
+            raise ConfigError(
+                "reference-unexpected",
+                "Reference features were given to a U-Net without fusion; leave them out or set with_fusion.",
+            )
+        h = self.unet.middle(h, temb)
+        if perturb is not None:
+            h = perturb(h)
+        return self.unet.decode(h, skips, temb)
+
+    def _encoder(self) -> ReferenceEncoder:
+        if self.reference_encoder is None:
+            raise ConfigError("reference-unexpected", "This U-Net was built without a reference encoder; give one to GuidedUNet.")
+        return self.reference_encoder

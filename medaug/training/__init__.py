@@ -1,0 +1,1 @@
+"""Training: ignite engines as MONAI builds them, keyed draws, checkpoints without pickled objects."""

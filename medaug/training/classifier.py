@@ -1,0 +1,380 @@
+"""Train a classifier for a fixed number of optimiser steps, every draw keyed: the grader's and the label filter's trainer.
+
+Nothing here reads the global random state: weights are made under `seeded`, the order of cases, the augmentation and the
+drop-out of step s follow from (key, s). The same key and data give the same weights on the CPU at one thread count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from medaug.draws import key_seed, numpy_generator
+from medaug.errors import ConfigError, DataError
+from medaug.transforms.policies import apply_policy, check_policy
+
+CACHE_BYTES = 200 * 2**20
+_LEVELS = 65535  # cohort images have 8 or 16 bits, so 16 bits hold them without loss
+
+Key = tuple[Hashable, ...]
+
+__all__ = [
+    "ClassifierRecipe",
+    "FitResult",
+    "LabelledImages",
+    "confusion_counts",
+    "fit_classifier",
+    "macro_f1",
+    "predict_logits",
+    "seeded",
+]
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """How a classifier is trained; the same for every arm of a comparison.
+
+    Attributes:
+        num_steps: optimiser steps, the same for small and large training sets.
+        batch_size: images per step; the order runs on over epoch ends, so every batch is full.
+        learning_rate: peak of AdamW's rate: linear warm-up over `warmup_fraction` of the steps, then cosine to 0.
+        weight_decay: of AdamW, for all parameters.
+        evaluate_every: validation after this many steps, and after the last; the best macro-F1 is kept (ties: the later).
+        policy: classic augmentation of the training images, a name in `medaug.transforms.policies.POLICIES`.
+        class_balanced: weight the loss by the inverse class frequency of the training set.
+        label_smoothing: of the cross-entropy.
+        max_grad_norm: gradients are clipped to this norm.
+        real_share: share of real images in every batch; None draws real and synthetic in their natural proportion.
+    """
+
+    num_steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.1
+    evaluate_every: int = 50
+    policy: str = "none"
+    class_balanced: bool = False
+    label_smoothing: float = 0.0
+    max_grad_norm: float = 1.0
+    real_share: float | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
+        for name in ("num_steps", "batch_size", "evaluate_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("learning_rate", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("warmup_fraction", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        _require(self.real_share is None or 0 < self.real_share <= 1, "real_share", "in (0, 1] or none", self.real_share)
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ConfigError("recipe-invalid", f"Classifier recipe: {name} must be {expected}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training run left behind.
+
+    Attributes:
+        best_step: the step whose weights are in the network.
+        best_macro_f1: its macro-F1 on validation, None without validation.
+        history: one entry per evaluation: step, loss (mean training loss since the last entry), macro_f1, accuracy.
+    """
+
+    best_step: int
+    best_macro_f1: float | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def seeded(*key: object, device: str | torch.device = "cpu") -> Iterator[None]:
+    """Seed torch's own generators by `key` inside the block and put them back after it: for weight initialisation and drop-out."""
+    device = torch.device(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(key_seed(*key))
+        yield
+
+
+class LabelledImages(Dataset[dict[str, Any]]):
+    """A data set decoded once into memory (16 bits per value) if it is small, else read item by item.
+
+    Both ways give the same values: an image passes through the same 16 bits.
+
+    Args:
+        dataset: items ``{"image": Tensor (C, H, W) in [-1, 1], "label": int, "id": str}``; values outside are clipped.
+        cache_bytes: largest cache; a larger data set is read lazily.
+
+    Raises:
+        DataError: the data set is empty.
+    """
+
+    def __init__(self, dataset: Dataset[dict[str, Any]], *, cache_bytes: int = CACHE_BYTES) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        if size == 0:
+            raise DataError("training-empty", "A classifier needs at least one labelled image, got none.")
+        self._dataset = dataset
+        self._positions = np.arange(size)
+        self._pixels: np.ndarray | None = None
+        self._labels = np.full(size, -1, dtype=np.int64)
+        shape = tuple(dataset[0]["image"].shape)
+        if size * math.prod(shape) * 2 <= cache_bytes:
+            self._pixels = np.empty((size, *shape), dtype=np.uint16)
+            for position in range(size):
+                self._pixels[position], self._labels[position] = self._read(position)
+
+    def _read(self, position: int) -> tuple[np.ndarray, int]:
+        item = self._dataset[position]
+        unit = (item["image"].to(torch.float32).numpy() + 1) / 2
+        return np.rint(unit.clip(0, 1) * _LEVELS).astype(np.uint16), int(item["label"])
+
+    def select(self, positions: Sequence[int]) -> LabelledImages:
+        """A view with these positions, repeats allowed; shares the memory."""
+        view = object.__new__(LabelledImages)
+        view.__dict__.update(self.__dict__)
+        view._positions = self._positions[np.asarray(positions, dtype=np.int64)]
+        return view
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        images, labels = self.batch([index])
+        return {"image": images[0], "label": int(labels[0])}
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64 of these indices."""
+        positions = self._positions[np.asarray(indices, dtype=np.int64)]
+        if self._pixels is not None:
+            pixels, labels = self._pixels[positions], self._labels[positions]
+        else:
+            items = [self._read(int(position)) for position in positions]
+            pixels, labels = np.stack([image for image, _ in items]), np.array([label for _, label in items], dtype=np.int64)
+        return torch.from_numpy(pixels.astype(np.float32) / np.float32(_LEVELS) * 2 - 1), torch.from_numpy(labels)
+
+    def labels(self) -> np.ndarray:
+        """All labels, shape (N,); reads every image once if the data set is lazy."""
+        if self._pixels is not None:
+            return self._labels[self._positions]
+        return np.array([int(self._dataset[int(position)]["label"]) for position in self._positions], dtype=np.int64)
+
+
+def confusion_counts(target: np.ndarray, preds: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts (K, K): rows the true class, columns the predicted one."""
+    flat = np.bincount(np.asarray(target) * num_classes + np.asarray(preds), minlength=num_classes**2)
+    return flat.reshape(num_classes, num_classes)
+
+
+def macro_f1(counts: np.ndarray) -> np.ndarray:
+    """Mean F1 over the classes that occur in the truth or the predictions; counts (..., K, K) -> (...)."""
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    involved = counts.sum(-1) + counts.sum(-2)
+    present = involved > 0
+    scores = np.divide(2 * hits, involved, out=np.zeros(hits.shape), where=present)
+    return scores.sum(-1) / np.maximum(present.sum(-1), 1)
+
+
+class _Order:
+    """Position of every training image in the endless, keyed order: epoch after epoch, each one a permutation."""
+
+    def __init__(self, pool: np.ndarray, key: Key) -> None:
+        self._pool, self._key, self._epoch = pool, key, -1
+        self._permutation = pool
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Entries start .. start + count - 1 of the order."""
+        return np.array([self._at(place) for place in range(start, start + count)], dtype=np.int64)
+
+    def _at(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self._pool))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = numpy_generator(*self._key, "order", epoch).permutation(self._pool)
+        return int(self._permutation[offset])
+
+
+def _batches(size: int, recipe: ClassifierRecipe, key: Key, synthetic: np.ndarray | None) -> Callable[[int], np.ndarray]:
+    """The function step -> indices of its batch."""
+    everything = np.arange(size)
+    mixed = synthetic is not None and recipe.real_share is not None and 0 < int(synthetic.sum()) < size
+    if not mixed or synthetic is None or recipe.real_share is None:
+        order = _Order(everything, key)
+        return lambda step: order.take(step * recipe.batch_size, recipe.batch_size)
+    num_real = round(recipe.batch_size * recipe.real_share)
+    num_synthetic = recipe.batch_size - num_real
+    real_order = _Order(everything[~synthetic], (*key, "real"))
+    synthetic_order = _Order(everything[synthetic], (*key, "synthetic"))
+    return lambda step: np.concatenate(
+        [real_order.take(step * num_real, num_real), synthetic_order.take(step * num_synthetic, num_synthetic)]
+    )
+
+
+def _rate(step: int, recipe: ClassifierRecipe) -> float:
+    """Factor on the learning rate at 0-based `step`: linear warm-up, then half a cosine that would reach 0 at num_steps."""
+    warmup = round(recipe.warmup_fraction * recipe.num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.num_steps - warmup, 1)))
+
+
+def _class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()
+
+
+def fit_classifier(
+    network: nn.Module,
+    training: Dataset[dict[str, Any]],
+    validation: Dataset[dict[str, Any]] | None,
+    recipe: ClassifierRecipe,
+    *,
+    key: Key,
+    synthetic: Sequence[bool] | None = None,
+    device: str | torch.device = "cpu",
+    on_eval: Callable[[Mapping[str, Any]], None] | None = None,
+) -> FitResult:
+    """Train `network` in place and leave the weights with the best validation macro-F1 in it (on the CPU or `device`).
+
+    Args:
+        network: images (B, C, H, W) in [-1, 1] -> logits (B, K); make it under ``seeded(*key, "init")``.
+        training: items ``{"image", "label"}`` (a `LabelledImages` is used as it is).
+        validation: real images only; None keeps the last weights.
+        recipe: steps, rates, policy.
+        key: decides order, augmentation and drop-out.
+        synthetic: one flag per training image, needed by `recipe.real_share` alone.
+        device: "cpu", "cuda", "mps".
+        on_eval: called with each history entry.
+
+    Raises:
+        DataError: no training images.  ConfigError: the loss is no longer finite (code ``training-diverged``).
+    """
+    images = _in_memory(training)
+    held_out = None if validation is None or len(validation) == 0 else _in_memory(validation)  # type: ignore[arg-type]
+    network.to(device)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    flags = None if synthetic is None else np.asarray(synthetic, dtype=bool)
+    update = _update_function(network, optimiser, images, recipe, _batches(len(images), recipe, key, flags), key, device)
+    trainer = Engine(update)
+    keeper = _Keeper(network, held_out, device, on_eval)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def _evaluate(engine: Engine) -> None:
+        step = engine.state.iteration
+        keeper.losses.append(engine.state.output)
+        if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
+            keeper.evaluate(step)
+
+    trainer.run(range(recipe.num_steps), max_epochs=1)
+    return keeper.restore()
+
+
+def _in_memory(dataset: Dataset[dict[str, Any]]) -> LabelledImages:
+    return dataset if isinstance(dataset, LabelledImages) else LabelledImages(dataset)
+
+
+def _update_function(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    images: LabelledImages,
+    recipe: ClassifierRecipe,
+    indices_of: Callable[[int], np.ndarray],
+    key: Key,
+    device: str | torch.device,
+) -> Callable[[Engine, int], float]:
+    """One optimiser step as an ignite process function; its batch is the 0-based step."""
+    weights: Tensor | None = None
+
+    def update(engine: Engine, step: int) -> float:
+        nonlocal weights
+        x, target = images.batch(indices_of(step))
+        x, target = x.to(device), target.to(device)
+        x = apply_policy(recipe.policy, x, [(*key, "policy", step, position) for position in range(len(x))])
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+        network.train()
+        with seeded(*key, "dropout", step, device=device):
+            logits = network(x)
+        if recipe.class_balanced and weights is None:
+            weights = _class_weights(images.labels(), logits.shape[1]).to(device)
+        loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ConfigError("training-diverged", f"The classifier's loss is {value} at step {step + 1}; lower learning_rate ({recipe.learning_rate}).")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)
+        optimiser.step()
+        return value
+
+    return update
+
+
+class _Keeper:
+    """Scores the network on validation, remembers the best weights and the history."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        validation: LabelledImages | None,
+        device: str | torch.device,
+        on_eval: Callable[[Mapping[str, Any]], None] | None,
+    ) -> None:
+        self.losses: list[float] = []
+        self._network, self._validation, self._device, self._on_eval = network, validation, device, on_eval
+        self._history: list[dict[str, Any]] = []
+        self._best: tuple[float, int, dict[str, Tensor]] | None = None
+        self._target = None if validation is None else validation.labels()
+
+    def evaluate(self, step: int) -> None:
+        entry: dict[str, Any] = {"step": step, "loss": float(np.mean(self.losses)), "macro_f1": None, "accuracy": None}
+        self.losses = []
+        if self._validation is not None and self._target is not None:
+            logits = predict_logits(self._network, self._validation, device=self._device)
+            counts = confusion_counts(self._target, logits.argmax(1).numpy(), logits.shape[1])
+            entry |= {"macro_f1": float(macro_f1(counts)), "accuracy": float(np.trace(counts) / counts.sum())}
+            if self._best is None or entry["macro_f1"] >= self._best[0]:
+                state = {name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()}
+                self._best = (entry["macro_f1"], step, state)
+        self._history.append(entry)
+        if self._on_eval is not None:
+            self._on_eval(dict(entry))
+
+    def restore(self) -> FitResult:
+        if self._best is None:
+            return FitResult(self._history[-1]["step"], None, self._history)
+        score, step, state = self._best
+        self._network.load_state_dict(state)
+        return FitResult(step, score, self._history)
+
+
+@torch.no_grad()
+def predict_logits(
+    network: nn.Module, dataset: Dataset[dict[str, Any]], batch_size: int = 256, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Logits (N, K) on the CPU, in evaluation mode; the network's mode is put back.
+
+    Raises:
+        DataError: the data set is empty.
+    """
+    images = _in_memory(dataset)
+    was_training = network.training
+    network.to(device).eval()
+    starts = range(0, len(images), batch_size)
+    logits = [network(images.batch(range(start, min(start + batch_size, len(images))))[0].to(device)).cpu() for start in starts]
+    network.train(was_training)
+    return torch.cat(logits)

@@ -1,0 +1,115 @@
+"""The folder a training run leaves behind: weights, and all that generation needs to know about them.
+
+``model.safetensors`` (averaged weights), ``run.json`` (plain data, never code), ``checkpoint/``, ``samples/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from medaug import __version__, storage
+from medaug.cohort import Cohort, fit_sha256
+from medaug.errors import ConfigError, DataError
+from medaug.networks.build import build_guided_unet
+from medaug.networks.weights import load_weights, save_weights
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a trained generator is: written beside its weights.
+
+    Attributes:
+        bundle: name of the bundle.
+        classes, ordinal, image_size, channels: of the cohort it was trained on.
+        fit_groups: sorted groups of the training split; `fit_on` is their sha256.
+        settings: the literal settings of network, diffusion and training.
+        config_sha256: sha256 of `settings`, seed and cohort content.
+    """
+
+    bundle: str
+    classes: tuple[str, ...]
+    ordinal: bool
+    image_size: int
+    channels: int
+    fit_groups: tuple[str, ...]
+    fit_on: str
+    cohort_sha256: str
+    settings: Mapping[str, Any]
+    seed: int
+    config_sha256: str
+    weights_sha256: str = ""
+    iterations: int = 0
+    version: str = __version__
+
+
+def new_record(bundle: str, cohort: Cohort, settings: Mapping[str, Any], seed: int) -> RunRecord:
+    """The record of a run that is about to start on the training split of `cohort`."""
+    groups = tuple(sorted(cohort.groups("training")))
+    return RunRecord(
+        bundle=bundle,
+        classes=cohort.classes,
+        ordinal=cohort.ordinal,
+        image_size=cohort.image_size,
+        channels=cohort.channels,
+        fit_groups=groups,
+        fit_on=fit_sha256(groups),
+        cohort_sha256=cohort.content_sha256,
+        settings=settings,
+        seed=seed,
+        config_sha256=storage.sha256_json([bundle, settings, seed, cohort.content_sha256]),
+    )
+
+
+def write_run(folder: Path, record: RunRecord, network: nn.Module, iterations: int) -> RunRecord:
+    """Write weights, then the record that names their sha256; the record's presence means the run is finished."""
+    metadata = {"bundle": record.bundle, "num_classes": str(len(record.classes)), "image_size": str(record.image_size), "medaug": __version__}
+    sha = save_weights(folder / WEIGHTS_FILE, network, metadata)
+    record = replace(record, weights_sha256=sha, iterations=iterations)
+    storage.write_json(folder / RUN_FILE, asdict(record))
+    return record
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read ``run.json``.
+
+    Raises:
+        DataError: the folder holds no finished run.  ConfigError: the file lacks a field.
+    """
+    folder = Path(folder)
+    if not (folder / RUN_FILE).is_file():
+        raise DataError("run-missing", f"{folder.name} holds no finished training run (no {RUN_FILE}); train first with `medaug train`.")
+    data = storage.read_json(folder / RUN_FILE)
+    try:
+        record = RunRecord(**data)
+        return replace(record, classes=tuple(record.classes), fit_groups=tuple(record.fit_groups))
+    except TypeError as error:
+        raise ConfigError("run-malformed", f"{RUN_FILE} of {folder.name} is not one this medaug wrote ({str(error)[:100]}); train again.") from error
+
+
+def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str] | None = None) -> nn.Module:
+    """The trained network of a run, in evaluation mode.
+
+    Raises:
+        ConfigError: other classes than expected; weights that are truncated, pickled, not finite, of another network
+            or not the ones the record names.
+    """
+    if expected_classes is not None and tuple(expected_classes) != tuple(record.classes):
+        raise ConfigError(
+            "class-mismatch", f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}."
+        )
+    network = build_guided_unet(record.settings["network"], in_channels=record.channels, num_classes=len(record.classes))
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")
+    load_weights(path, network, {"num_classes": str(len(record.classes))})
+    if storage.sha256_file(path) != record.weights_sha256:
+        raise ConfigError("weights-changed", f"{WEIGHTS_FILE} is not the file that {RUN_FILE} names (sha256 differs); restore it or train again.")
+    return network.eval()

@@ -1,0 +1,175 @@
+"""A training run from its first iteration to its weights: lock, resume, track, preview, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Events
+
+from medaug import storage
+from medaug.cohort import Cohort
+from medaug.draws import key_seed
+from medaug.errors import ConfigError
+from medaug.networks.build import build_guided_unet
+from medaug.networks.guided_unet import GuidedUNet
+from medaug.progress import progress
+from medaug.tracking import Run, track
+from medaug.training.checkpoint import FILE_NAME, TrainingState, load_checkpoint, save_checkpoint
+from medaug.training.data import KeyedBatches
+from medaug.training.run_folder import RUN_FILE, RunRecord, new_record, read_run, write_run
+
+Preview = Callable[[Any], np.ndarray]
+
+
+@dataclass
+class TrainingSession:
+    """Runs a MONAI trainer so that a killed run, started again, ends with the same bytes.
+
+    Attributes:
+        trainer: `monai.engines.SupervisedTrainer` whose iteration is keyed (see `GuidedIteration`).
+        state: network, EMA, optimiser and schedule of that trainer.
+        batches: the batch sampler of the trainer's data loader.
+        cohort: real cohort; only its training split was given to the trainer.
+        output_dir: the run folder.
+        bundle: its name.
+        settings: literal settings, written to ``run.json`` and hashed.
+        seed: first part of every key.
+        checkpoint_every: epochs between checkpoints.
+        preview: draws a sheet of samples of the averaged network beside their references.
+        preview_every: epochs between previews; 0 is never.
+        tracking: keyword arguments of `medaug.tracking.track`.
+    """
+
+    trainer: Any
+    state: TrainingState
+    batches: KeyedBatches
+    cohort: Cohort
+    output_dir: Path
+    bundle: str
+    settings: Mapping[str, Any]
+    seed: int = 0
+    checkpoint_every: int = 1
+    preview: Preview | None = None
+    preview_every: int = 0
+    tracking: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self) -> RunRecord:
+        """Train, or go on training, or return at once when the run is finished.
+
+        Raises:
+            StorageError: the folder is in use, or the disk is full.
+            ConfigError: the folder holds a run with other settings; the loss is not finite.
+        """
+        folder = Path(self.output_dir)
+        record = new_record(self.bundle, self.cohort, self.settings, self.seed)
+        with storage.locked(folder):
+            if (folder / RUN_FILE).is_file():
+                return self._finished(read_run(folder), record)
+            epoch, iteration = self._resume(record)
+            with track("training", name=f"training {self.bundle} {record.config_sha256[:8]}", **self.tracking) as run:
+                self._describe(run, record)
+                self._train(run, record, epoch, iteration)
+                record = write_run(folder, record, self.state.ema.network, int(self.trainer.state.iteration))
+                run.log_model(folder / "model.safetensors", self.bundle, {"weights_sha256": record.weights_sha256})
+        return record
+
+    def _finished(self, found: RunRecord, wanted: RunRecord) -> RunRecord:
+        if found.config_sha256 != wanted.config_sha256:
+            raise ConfigError(
+                "run-other-config", "The output folder holds a finished run with other settings or another cohort; choose another output folder."
+            )
+        return found
+
+    def _resume(self, record: RunRecord) -> tuple[int, int]:
+        path = Path(self.output_dir) / "checkpoint" / FILE_NAME
+        if not path.is_file():
+            return 0, 0
+        epoch, iteration = load_checkpoint(path, self.state, config_sha256=record.config_sha256)
+        self.batches.next_iteration = iteration + 1
+        return epoch, iteration
+
+    def _describe(self, run: Run, record: RunRecord) -> None:
+        run.log_params({"bundle": self.bundle, "seed": self.seed, "cohort_sha256": self.cohort.content_sha256, "config_sha256": record.config_sha256})
+        run.log_params(flatten(self.settings))
+        run.log_dict({"bundle": self.bundle, "settings": dict(self.settings), "seed": self.seed}, "config.json")
+        run.log_cohort(self.cohort, "training")
+
+    def _train(self, run: Run, record: RunRecord, epoch: int, iteration: int) -> None:
+        state, length = self.trainer.state, self.trainer.state.epoch_length
+        total = state.max_epochs * length
+        if epoch >= state.max_epochs:
+            state.iteration = iteration
+            return
+        with progress("training", total, completed=iteration) as advance:
+            means = EpochMeans()
+            self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: (means.add(engine.state.output), advance(1)))
+            self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self._end_of_epoch(engine, run, record, means))
+            if iteration:
+                self.trainer.load_state_dict({"epoch": epoch, "max_epochs": state.max_epochs, "epoch_length": length})
+            self.trainer.run()
+
+    def _end_of_epoch(self, engine: Any, run: Run, record: RunRecord, means: EpochMeans) -> None:
+        epoch, iteration = engine.state.epoch, engine.state.iteration
+        run.log_metrics(means.take(), step=iteration)
+        last = epoch == engine.state.max_epochs
+        if self.preview is not None and self.preview_every and (last or epoch % self.preview_every == 0):
+            from medaug.io.raster import write_unit_png
+
+            sheet = self.preview(self.state.ema.network)
+            write_unit_png(Path(self.output_dir) / "samples" / f"epoch_{epoch:04d}.png", sheet)
+            run.log_image(sheet, "samples", step=epoch)
+        if last or epoch % self.checkpoint_every == 0:
+            path = Path(self.output_dir) / "checkpoint" / FILE_NAME
+            save_checkpoint(path, self.state, epoch=epoch, iteration=iteration, config_sha256=record.config_sha256)
+
+
+class EpochMeans:
+    """Means of the losses since they were last taken."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, float]] = []
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Add one iteration's values."""
+        self.rows.append(row)
+
+    def take(self) -> dict[str, float]:
+        """The means; empties the list."""
+        rows, self.rows = self.rows, []
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, the form MLflow's parameters take."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def new_network(settings: Mapping[str, Any], cohort: Cohort, seed: int) -> GuidedUNet:
+    """A network with random weights that depend on the seed alone; see `build_guided_unet` for `settings`."""
+    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
+        torch.manual_seed(key_seed(seed, "weights"))
+        return build_guided_unet(settings, in_channels=cohort.channels, num_classes=len(cohort.classes))
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto": CUDA, then MPS, then the CPU; any other name as torch understands it.
+
+    Raises:
+        ConfigError: torch does not know the name.
+    """
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError("device-unknown", f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}.") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""From a picture as read to a network tensor and back."""

@@ -1,0 +1,69 @@
+"""Shared fixtures: tiny drawn cohorts, no patient, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medaug import cohort as cohorts
+from medaug.cohort import Case, Cohort
+from medaug.draws import numpy_generator
+
+
+def draw_shape(label: int, size: int, *key: object) -> np.ndarray:
+    """A disc whose radius and brightness tell the class, on noise: unit image (size, size)."""
+    draw = numpy_generator("shape", label, *key)
+    y, x = np.mgrid[:size, :size] / size
+    cx, cy = draw.uniform(0.35, 0.65, 2)
+    radius = 0.1 + 0.08 * label
+    disc = ((x - cx) ** 2 + (y - cy) ** 2) < radius**2
+    image = 0.2 + 0.05 * draw.standard_normal((size, size)) + disc * (0.3 + 0.1 * label)
+    return image.clip(0, 1).astype(np.float32)
+
+
+@pytest.fixture
+def make_cohort() -> Callable[..., Cohort]:
+    """Build a small valid cohort folder: drawn discs, groups of `cases_per_group`, split 60/20/20 by group."""
+    from medaug.io.raster import write_unit_png
+
+    def make(
+        root: Path,
+        *,
+        num_classes: int = 3,
+        per_class: int = 12,
+        size: int = 16,
+        channels: int = 1,
+        seed: int = 0,
+        cases_per_group: int = 2,
+        ordinal: bool = False,
+    ) -> Cohort:
+        splits: dict[str, list[Case]] = {split: [] for split in cohorts.SPLITS}
+        for label in range(num_classes):
+            for index in range(per_class):
+                image = draw_shape(label, size, seed, index)
+                image = np.repeat(image[..., None], 3, axis=2) if channels == 3 else image
+                case_id = f"c{seed}{label}{index:04d}"
+                write_unit_png(root / "images" / f"{case_id}.png", image)
+                group = index // cases_per_group
+                share = group / (per_class / cases_per_group)
+                split = "training" if share < 0.6 else "validation" if share < 0.8 else "test"
+                case = Case(
+                    id=case_id, image=f"images/{case_id}.png", label=label, group=f"g{label}{group:03d}", source=f"{seed:02d}{label:02d}{index:060d}"
+                )
+                splits[split].append(case)
+        made = Cohort(
+            name="discs",
+            modality="",
+            classes=tuple(f"class{label}" for label in range(num_classes)),
+            ordinal=ordinal,
+            image_size=size,
+            channels=channels,
+            intensity={"kind": "drawn", "0": 0, "1": 1},
+            created_by=cohorts.created_by("test", {}, seed),
+        )
+        return cohorts.write_cohort(made.with_cases(**splits), root)
+
+    return make

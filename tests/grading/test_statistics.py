@@ -1,0 +1,190 @@
+"""Metrics against scikit-learn and hand-worked values; laws of the bootstrap."""
+
+import math
+import time
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn import metrics as reference
+
+from medaug.errors import ConfigError, DataError
+from medaug.grading import statistics
+from medaug.training.classifier import confusion_counts
+
+
+def predictions(seed: int, num_cases: int = 60, num_classes: int = 4, decimals: int | None = None):
+    generator = np.random.default_rng(seed)
+    target = generator.integers(0, num_classes, num_cases)
+    target[:num_classes] = np.arange(num_classes)
+    logits = generator.normal(size=(num_cases, num_classes)) + 1.2 * np.eye(num_classes)[target]
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return target, probs if decimals is None else np.round(probs, decimals)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from([None, 1]))
+@settings(deadline=None, max_examples=25)
+def test_metrics_equal_scikit_learn(seed, num_classes, decimals):
+    target, probs = predictions(seed, num_classes=num_classes, decimals=decimals)
+    preds = probs.argmax(1)
+    ours = statistics.classification_metrics(target, probs, ordinal=True)
+    assert ours["accuracy"] == pytest.approx(reference.accuracy_score(target, preds))
+    assert ours["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(target, preds))
+    assert ours["macro_f1"] == pytest.approx(reference.f1_score(target, preds, average="macro"))
+    assert ours["quadratic_kappa"] == pytest.approx(reference.cohen_kappa_score(target, preds, weights="quadratic"))
+    assert ours["grade_mae"] == pytest.approx(reference.mean_absolute_error(target, preds))
+    assert ours["confusion"] == reference.confusion_matrix(target, preds, labels=range(num_classes)).tolist()
+    one_vs_rest = [reference.roc_auc_score(target == index, probs[:, index]) for index in range(num_classes)]
+    assert ours["auc"] == pytest.approx(one_vs_rest[1] if num_classes == 2 else np.mean(one_vs_rest))
+    precision, recall, f1, support = reference.precision_recall_fscore_support(target, preds, labels=range(num_classes), zero_division=np.nan)
+    assert [row["support"] for row in ours["per_class"]] == support.tolist()
+    assert [row["recall"] for row in ours["per_class"]] == pytest.approx(recall.tolist())
+    for row, expected in zip(ours["per_class"], precision, strict=True):
+        assert row["precision"] is None if math.isnan(expected) else row["precision"] == pytest.approx(expected)
+
+
+def test_kappa_by_hand():
+    # Three of four right, one off by one grade of three: O-weight 1/4, E-weight from the marginals (2,1,1) and (1,2,1).
+    counts = confusion_counts(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2]), 3)
+    observed = 1 * 0.25 / 4
+    expected = (2 * 2 * 0.25 + 2 * 1 * 1 + 1 * 1 * 0.25 + 1 * 1 * 0.25 + 1 * 1 * 1 + 1 * 2 * 0.25) / 16
+    assert statistics.quadratic_kappa(counts) == pytest.approx(1 - observed / expected)
+
+
+def test_kappa_is_zero_for_independent_marginals_and_one_for_perfect():
+    assert statistics.quadratic_kappa(np.outer([3, 5, 2], [4, 1, 5])) == pytest.approx(0)
+    assert statistics.quadratic_kappa(np.diag([3, 5, 2])) == 1
+
+
+def test_calibration_error_by_hand():
+    probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    # Bin of 0.9: confidence 0.9, accuracy 0.5; bin of 0.6: confidence 0.6, accuracy 1.
+    assert statistics.expected_calibration_error(np.array([0, 1, 0, 1]), probs) == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+
+
+def test_absent_class_gives_none_with_a_reason():
+    result = statistics.classification_metrics(np.array([0, 1, 0]), np.full((3, 3), 1 / 3), ordinal=False)
+    assert result["auc"] is None and "[2]" in result["undefined"]["auc"]
+    assert result["quadratic_kappa"] is None and "order" in result["undefined"]["quadratic_kappa"]
+    assert result["per_class"][2] == {"precision": None, "recall": None, "f1": None, "support": 0}
+    constant = statistics.classification_metrics(np.zeros(3, int), np.tile([1.0, 0, 0], (3, 1)), ordinal=True)
+    assert constant["quadratic_kappa"] is None and "one class" in constant["undefined"]["quadratic_kappa"]
+    assert constant["balanced_accuracy"] == 1
+
+
+@pytest.mark.parametrize("metric", statistics.BOOTSTRAP_METRICS)
+def test_identical_predictions_differ_by_nothing(metric):
+    target, probs = predictions(0)
+    groups = [f"g{index // 2}" for index in range(len(target))]
+    result = statistics.paired_bootstrap(target, groups, probs[None], probs[None], metric, num_resamples=200)
+    assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("metric", statistics.BOOTSTRAP_METRICS)
+def test_bootstrap_equals_resampling_the_cases_themselves(metric):
+    """Counting per group and copying the cases of the drawn groups is the same thing."""
+    target, probs_a = predictions(1, num_cases=24, decimals=2)
+    probs_b = predictions(2, num_cases=24, decimals=2)[1]
+    groups = np.array([f"g{index % 9}" for index in range(24)])
+    names = np.unique(groups)
+    scores = statistics.bootstrap_scores(target, groups, np.stack([probs_a, probs_b]), metric, num_resamples=5, seed=3)
+    draws = statistics.numpy_generator("bootstrap", 3, len(names)).multinomial(len(names), np.full(len(names), 1 / len(names)), size=5)
+    for draw, score in zip(draws, scores[1:], strict=True):
+        cases = np.concatenate([np.tile(np.flatnonzero(groups == name), count) for name, count in zip(names, draw, strict=True)])
+        singles = []
+        for probs in (probs_a, probs_b):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row = statistics.classification_metrics(target[cases.astype(int)], probs[cases.astype(int)], ordinal=True)
+            singles.append(math.nan if row[metric] is None else row[metric])
+        assert score == pytest.approx(np.mean(singles), nan_ok=True)
+
+
+def test_bootstrap_is_decided_by_its_seed_and_antisymmetric():
+    target, probs_a = predictions(1)
+    probs_b = predictions(1, decimals=0)[1] + 0.01 * predictions(5)[1]
+    groups = [str(index // 3) for index in range(len(target))]
+    first, again, other = (
+        statistics.paired_bootstrap(target, groups, probs_a[None], probs_b[None], "auc", num_resamples=300, seed=seed) for seed in (0, 0, 1)
+    )
+    back = statistics.paired_bootstrap(target, groups, probs_b[None], probs_a[None], "auc", num_resamples=300, seed=0)
+    assert first == again and first != other
+    assert (back.difference, back.p_value) == (-first.difference, first.p_value)
+    assert (back.low, back.high) == pytest.approx((-first.high, -first.low))
+
+
+def test_interval_of_a_mean_matches_the_normal_theory():
+    """Accuracy against an arm that is always wrong is a plain proportion: +-1.96 sqrt(p(1-p)/n)."""
+    correct = np.arange(400) < 300
+    target = np.zeros(400, int)
+    probs_a, probs_b = np.zeros((400, 2)), np.tile([0.0, 1.0], (400, 1))
+    probs_a[np.arange(400), np.where(correct, 0, 1)] = 1
+    result = statistics.paired_bootstrap(target, [str(i) for i in range(400)], probs_a[None], probs_b[None], "accuracy", num_resamples=4000)
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert result.difference == 0.75
+    assert (result.low, result.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.005)  # Monte Carlo of 4000 draws
+    assert result.p_value == pytest.approx(2 / 4001)
+
+
+def test_groups_widen_the_interval():
+    """Cases that repeat each other carry no new evidence: five copies per group give the interval of the groups."""
+    target, probs_a = predictions(3, num_cases=40)
+    probs_b = predictions(4, num_cases=40)[1]
+    copies = [np.repeat(values, 5, axis=0) for values in (target, probs_a, probs_b)]
+    grouped = statistics.paired_bootstrap(copies[0], np.repeat(np.arange(40), 5), copies[1][None], copies[2][None], "accuracy", num_resamples=2000)
+    alone = statistics.paired_bootstrap(target, np.arange(40), probs_a[None], probs_b[None], "accuracy", num_resamples=2000)
+    naive = statistics.paired_bootstrap(copies[0], np.arange(200), copies[1][None], copies[2][None], "accuracy", num_resamples=2000)
+    assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high))
+    assert naive.high - naive.low < 0.6 * (grouped.high - grouped.low)
+
+
+def test_ten_thousand_resamples_take_seconds():
+    target, probs = predictions(0, num_cases=150)
+    runs = np.stack([probs, probs[:, ::-1], probs])
+    start = time.perf_counter()
+    for metric in ("balanced_accuracy", "auc"):
+        statistics.paired_bootstrap(target, np.arange(150), runs, runs, metric)
+    assert time.perf_counter() - start < 30  # about 2 s alone on one core; generous for a busy machine
+
+
+def test_chunks_do_not_change_the_draws(monkeypatch):
+    target, probs = predictions(0)
+    whole = statistics.bootstrap_scores(target, np.arange(60), probs[None], "macro_f1", num_resamples=50)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 60 * 7)
+    assert np.array_equal(whole, statistics.bootstrap_scores(target, np.arange(60), probs[None], "macro_f1", num_resamples=50))
+
+
+def test_holm_by_hand():
+    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert statistics.holm({}) == {}
+
+
+@given(st.lists(st.floats(0.0001, 1), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=25)
+def test_holm_lies_between_raw_and_bonferroni(values):
+    raw = {str(index): value for index, value in enumerate(values)}
+    for name, adjusted in statistics.holm(raw).items():
+        assert raw[name] <= adjusted <= min(1, len(raw) * raw[name]) + 1e-12
+
+
+def test_wilcoxon_equals_scipy_exact():
+    differences = [0.011, 0.02, -0.005, 0.03, 0.041, 0.013, 0.027, 0.06, 0.052, 0.001]
+    result = statistics.wilcoxon_networks(differences)
+    assert result["p_value"] == stats.wilcoxon(differences, method="exact").pvalue
+    assert (result["wins"], result["num_networks"]) == (9, 10)
+    assert statistics.wilcoxon_networks(np.arange(1, 11) / 100)["p_value"] == pytest.approx(0.001953125)
+    assert statistics.wilcoxon_networks([0, 0])["p_value"] is None
+    assert statistics.wilcoxon_networks([])["median"] is None
+
+
+def test_refusals():
+    target, probs = predictions(0)
+    with pytest.raises(ConfigError, match="balanced_accuracy"):
+        statistics.bootstrap_scores(target, np.arange(60), probs[None], "f2")
+    with pytest.raises(DataError, match="predictions-invalid"):
+        statistics.bootstrap_scores(target, np.arange(59), probs[None], "accuracy")
+    with pytest.raises(DataError, match="predictions-invalid"):
+        statistics.classification_metrics(target[:5], probs, ordinal=False)

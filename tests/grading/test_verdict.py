@@ -1,0 +1,89 @@
+"""Verdicts on planted predictions."""
+
+import numpy as np
+import pytest
+
+from medaug.errors import ConfigError, DataError
+from medaug.grading.verdict import Predictions, judge, primary_metric
+
+NUM_CASES, NUM_CLASSES = 240, 3
+
+
+def probabilities(target, accuracy, seed):
+    """One-hot predictions that are right for a share `accuracy` of the cases."""
+    generator = np.random.default_rng(seed)
+    preds = np.where(generator.random(len(target)) < accuracy, target, (target + 1) % NUM_CLASSES)
+    return np.eye(NUM_CLASSES)[preds]
+
+
+def planted(arms, networks=("simple_cnn", "resnet18"), num_seeds=3, groups=None):
+    target = np.arange(NUM_CASES) % NUM_CLASSES
+    probs = {
+        (arm, network): np.stack([probabilities(target, accuracy, (sum(map(ord, arm)), place, seed)) for seed in range(num_seeds)])
+        for arm, accuracy in arms.items()
+        for place, network in enumerate(networks)
+    }
+    validation = {cell: 0.5 + (cell[0] == "good") * 0.1 for cell in probs}
+    return Predictions(target, groups or [f"g{index // 2}" for index in range(NUM_CASES)], probs, validation)
+
+
+def test_a_planted_effect_is_found_in_its_direction():
+    verdicts = judge(planted({"none": 0.7, "oversample": 0.7, "good": 0.85, "bad": 0.5}), ordinal=False, num_resamples=2000)
+    assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {"oversample": "no evidence", "good": "helps", "bad": "harms"}
+    good = verdicts["good"]
+    assert good["against_none"]["difference"] == pytest.approx(0.15, abs=0.04)  # 1440 draws, each within sqrt(.2/1440)
+    assert good["against_none"]["low"] > 0 and good["against_control"]["low"] > 0
+    assert good["validation_difference"] == pytest.approx(0.1)
+    assert "0.15" in good["sentence"] or "+0.1" in good["sentence"]
+    assert good["wilcoxon"]["wins"] == 2 and good["wilcoxon"]["p_value"] == 0.5  # two networks can never show more
+    assert verdicts["oversample"]["against_control"] is None
+
+
+def test_beating_none_but_not_the_control_is_no_evidence():
+    verdicts = judge(planted({"none": 0.6, "oversample": 0.8, "arm": 0.8}), ordinal=False, num_resamples=1000)
+    assert verdicts["arm"]["against_none"]["low"] > 0
+    assert verdicts["arm"]["verdict"] == "no evidence"
+    assert verdicts["oversample"]["verdict"] == "helps"
+
+
+def test_many_arms_raise_the_bar():
+    """The same arm alone and among many others without effect: Holm's correction may only take evidence away."""
+    few = judge(planted({"none": 0.7, "x": 0.735}), ordinal=False, num_resamples=1000)
+    many = judge(planted({"none": 0.7, "x": 0.735} | {f"n{index}": 0.7 for index in range(8)}), ordinal=False, num_resamples=1000)
+    assert many["x"]["against_none"]["p_value"] == few["x"]["against_none"]["p_value"]
+    assert many["x"]["against_none"]["p_holm"] >= few["x"]["against_none"]["p_holm"]
+
+
+def test_identical_arm_is_no_evidence_with_p_one():
+    predictions = planted({"none": 0.7, "copy": 0.7})
+    for network in predictions.networks:
+        predictions.probs["copy", network] = predictions.probs["none", network]
+    entry = judge(predictions, ordinal=True, num_resamples=200)["copy"]
+    assert entry["verdict"] == "no evidence"
+    assert entry["metric"] == "quadratic_kappa" == primary_metric(True)
+    assert (entry["against_none"]["low"], entry["against_none"]["high"], entry["against_none"]["p_value"]) == (0, 0, 1)
+    assert entry["wilcoxon"]["p_value"] is None
+
+
+def test_warnings_repeat_the_leak_and_name_what_is_missing():
+    predictions = planted({"none": 0.7, "x": 0.7}, groups=[f"g{index % 5}" for index in range(NUM_CASES)])
+    notes = judge(predictions, ordinal=False, leak_warning="Patients cross the split.", num_resamples=50)["x"]["warnings"]
+    assert notes[0] == "Patients cross the split."
+    assert any("5 groups" in note for note in notes) and any("--arm oversample" in note for note in notes)
+
+
+def test_seeds_that_disagree_are_named():
+    predictions = planted({"none": 0.7, "x": 0.7}, num_seeds=2)
+    for network in predictions.networks:
+        better, worse = (probabilities(predictions.target, accuracy, 1) for accuracy in (0.95, 0.4))
+        predictions.probs["x", network] = np.stack([better, worse])
+    assert "seeds disagree on the sign" in judge(predictions, ordinal=False, num_resamples=50)["x"]["sentence"]
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="--arm none"):
+        judge(planted({"oversample": 0.7, "x": 0.7}), ordinal=False)
+    uneven = planted({"none": 0.7, "x": 0.7})
+    del uneven.probs["x", "resnet18"]
+    with pytest.raises(DataError, match="rows-incomplete"):
+        judge(uneven, ordinal=False)
