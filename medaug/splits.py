@@ -69,7 +69,10 @@ def grouped_folds(labels: Sequence[int], groups: Sequence[Hashable], num_folds: 
     counts, names, member = _group_counts(labels, groups)
     fewest = int((counts > 0).sum(axis=0).min())
     if fewest < num_folds:
-        raise DataError("class-too-small", f"{num_folds} folds need {num_folds} groups of every class, the rarest has {fewest}; use fewer folds.")
+        raise DataError(
+            "class-too-small",
+            f"{num_folds} folds need {num_folds} groups of every class, the rarest has {fewest}; use fewer folds.",
+        )
     demand = np.full((num_folds, counts.shape[1]), MUST)
     part = _assign(counts, np.full(num_folds, 1 / num_folds), demand, [draws.key_seed(seed, "fold", name) for name in names])
     _refuse_absent(counts, part, demand, [f"fold {index}" for index in range(num_folds)])
@@ -96,7 +99,8 @@ def _checked_ratios(ratios: Sequence[float]) -> np.ndarray:
     if not valid or shares[0] <= 0 or abs(float(shares.sum()) - 1) > 1e-6:
         raise ConfigError(
             "split-ratios-invalid",
-            f"Split ratios are the shares of training, validation and test, at least 0, training above 0, sum 1; got {list(ratios)}.",
+            "Split ratios are the shares of training, validation and test, at least 0, training above 0, sum 1; "
+            f"got {list(ratios)}.",
         )
     return shares
 
@@ -104,7 +108,10 @@ def _checked_ratios(ratios: Sequence[float]) -> np.ndarray:
 def _group_counts(labels: Sequence[int], groups: Sequence[Hashable]) -> tuple[np.ndarray, list[Hashable], list[int]]:
     """Cases per group and class (G, K), the group names in an order of their own, and each case's group index."""
     if len(labels) != len(groups) or not len(labels):
-        raise DataError("split-input-invalid", f"A split needs as many groups as labels and at least one, got {len(groups)} and {len(labels)}.")
+        raise DataError(
+            "split-input-invalid",
+            f"A split needs as many groups as labels and at least one, got {len(groups)} and {len(labels)}.",
+        )
     names = sorted(set(groups), key=repr)
     index = {name: position for position, name in enumerate(names)}
     member = [index[group] for group in groups]
@@ -152,10 +159,14 @@ def _repair(counts: np.ndarray, part: np.ndarray, targets: np.ndarray, demand: n
     return part
 
 
-def _steps(counts: np.ndarray, part: np.ndarray, target: int, label: int, usable: np.ndarray, limit: int = 64) -> list[np.ndarray]:
+def _steps(
+    counts: np.ndarray, part: np.ndarray, target: int, label: int, usable: np.ndarray, limit: int = 64
+) -> list[np.ndarray]:
     """Assignments one move or one swap away that bring a group with `label` into `target`; smallest groups first."""
     sizes = counts.sum(axis=1)
-    movable = sorted(np.nonzero((counts[:, label] > 0) & (part != target) & usable[target])[0], key=lambda index: sizes[index])[:limit]
+    movable = sorted(np.nonzero((counts[:, label] > 0) & (part != target) & usable[target])[0], key=lambda index: sizes[index])[
+        :limit
+    ]
     inside = sorted(np.nonzero(part == target)[0], key=lambda index: sizes[index])[:limit]
     steps = []
     for group in movable:

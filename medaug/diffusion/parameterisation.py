@@ -32,7 +32,7 @@ class Prediction(NamedTuple):
 class Level(NamedTuple):
     """Noise level of every image in a batch."""
 
-    abar: Tensor  # (B,), float64
+    abar: Tensor  # (B,), float64 on the CPU: some devices have no float64
     time: Tensor  # (B,), float32: what the network is told
 
 
@@ -134,7 +134,7 @@ class Parameterisation(ABC):
         if weighting is None:
             return error
         weight = weighting(signal_to_noise(level.abar)) * self.noise_error_ratio(level.abar)
-        return weight.to(device=error.device, dtype=error.dtype) * error
+        return weight.to(error.dtype).to(error.device) * error
 
     def _call(self, network: Network, x_t: Tensor, level: Level) -> Tensor:
         model_output = network(self.network_input(x_t, level.abar), level.time)
@@ -150,7 +150,7 @@ class Parameterisation(ABC):
 def make_level(levels: list[tuple[float, float]], device: torch.device | str = "cpu") -> Level:
     """Stack (abar, time) of single images, as `draw_level` gives them, to the level of a batch."""
     abar, time = zip(*levels, strict=True)
-    return Level(torch.tensor(abar, dtype=torch.float64, device=device), torch.tensor(time, dtype=torch.float32, device=device))
+    return Level(torch.tensor(abar, dtype=torch.float64), torch.tensor(time, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ MAX_BETA = 0.999  # Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.2
 
 def coefficient(value: Tensor, like: Tensor) -> Tensor:
     """`value` (scalar or (B,)) in the dtype and on the device of `like` (B, C, *spatial), ready to multiply it."""
-    return value.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return value.to(like.dtype).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def noise_to_signal(abar: Tensor) -> Tensor:

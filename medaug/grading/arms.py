@@ -24,7 +24,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 Pair = tuple[Cohort, Case]
 
-__all__ = ["ALLOCATIONS", "OVERSAMPLE", "Arm", "build_training_set", "check_arm", "extra_counts", "in_proportion", "level", "parse_arm", "prepare_arms", "training_sha256"]
+__all__ = [
+    "ALLOCATIONS",
+    "OVERSAMPLE",
+    "Arm",
+    "build_training_set",
+    "check_arm",
+    "extra_counts",
+    "in_proportion",
+    "level",
+    "parse_arm",
+    "prepare_arms",
+    "training_sha256",
+]
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,9 @@ class Arm:
         }
 
 
-def parse_arm(text: str, *, synthetic_per_real: float | None = None, allocation: str = "as_generated", allow_untrusted: bool = False) -> Arm:
+def parse_arm(
+    text: str, *, synthetic_per_real: float | None = None, allocation: str = "as_generated", allow_untrusted: bool = False
+) -> Arm:
     """Read an arm as the command line writes it: a policy's name, ``oversample``, or ``NAME=FOLDER`` of accepted images.
 
     Raises:
@@ -76,15 +90,22 @@ def parse_arm(text: str, *, synthetic_per_real: float | None = None, allocation:
         if name in POLICIES:
             return Arm(name, policy=name)
         known = ", ".join([*POLICIES, OVERSAMPLE, "NAME=FOLDER"])
-        raise ConfigError("arm-unknown", f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.")
+        raise ConfigError(
+            "arm-unknown",
+            f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.",
+        )
     if not _NAME.fullmatch(name) or name in POLICIES or name == OVERSAMPLE or not folder:
-        raise ConfigError("arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ - and not a built-in arm, got {name!r}.")
+        raise ConfigError(
+            "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ - and not a built-in arm, got {name!r}."
+        )
     if synthetic_per_real is not None and not synthetic_per_real > 0:
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {synthetic_per_real!r}.")
     if allocation not in ALLOCATIONS:
         raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
     synthetic = read_cohort(Path(folder), verify=True)
-    return Arm(name, synthetic=synthetic, synthetic_per_real=synthetic_per_real, allocation=allocation, allow_untrusted=allow_untrusted)
+    return Arm(
+        name, synthetic=synthetic, synthetic_per_real=synthetic_per_real, allocation=allocation, allow_untrusted=allow_untrusted
+    )
 
 
 def check_arm(arm: Arm, real: Cohort) -> None:
@@ -157,7 +178,10 @@ def extra_counts(arm: Arm, real: Cohort) -> tuple[int, ...]:
         wanted = in_proportion(total, available if arm.allocation == "as_generated" else present)
     short = [f"{name}: {has} of {need}" for name, has, need in zip(real.classes, available, wanted, strict=True) if has < need]
     if short:
-        raise DataError("synthetic-too-few", f"Arm {arm.name} needs more accepted images ({'; '.join(short)}); generate more or lower synthetic_per_real.")
+        raise DataError(
+            "synthetic-too-few",
+            f"Arm {arm.name} needs more accepted images ({'; '.join(short)}); generate more or lower synthetic_per_real.",
+        )
     return tuple(wanted)
 
 
@@ -181,7 +205,9 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     control = largest if largest is not None else tuple(max(present) - count for count in present)
     lacking = [name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has]
     if lacking and any(arm.oversample for arm in arms):
-        raise DataError("class-empty", f"The control arm cannot repeat real images of {', '.join(lacking)}: the training split has none.")
+        raise DataError(
+            "class-empty", f"The control arm cannot repeat real images of {', '.join(lacking)}: the training split has none."
+        )
     return [replace(arm, extra=control if arm.oversample else added[arm.name]) for arm in arms]
 
 

@@ -63,7 +63,9 @@ class Cell:
         return storage.sha256_json(self.key)
 
 
-def plan_cells(cohort: Cohort, arms: Sequence[Arm], networks: Sequence[str], seeds: Sequence[int], recipes: Mapping[str, ClassifierRecipe]) -> list[Cell]:
+def plan_cells(
+    cohort: Cohort, arms: Sequence[Arm], networks: Sequence[str], seeds: Sequence[int], recipes: Mapping[str, ClassifierRecipe]
+) -> list[Cell]:
     """All cells, arm by arm; `recipes` maps a network to the recipe that every arm of it shares.
 
     Raises:
@@ -89,7 +91,9 @@ def plan_cells(cohort: Cohort, arms: Sequence[Arm], networks: Sequence[str], see
     return cells
 
 
-def _cell_key(cohort: Cohort, arm: Arm, pairs: Sequence[Pair], network: str, seed: int, recipe: ClassifierRecipe) -> dict[str, Any]:
+def _cell_key(
+    cohort: Cohort, arm: Arm, pairs: Sequence[Pair], network: str, seed: int, recipe: ClassifierRecipe
+) -> dict[str, Any]:
     return {
         "format": ROW_FORMAT,
         "version": __version__,
@@ -132,20 +136,20 @@ def run_benchmark(
     """
     cells = plan_cells(cohort, arms, networks, seeds, recipes)
     with storage.locked(out):
-        rows = {cell.sha256: _finished_row(out, cell) for cell in cells}
-        done = sum(cell.recipe.num_steps for cell in cells if rows[cell.sha256])
+        finished = {cell.sha256: _finished_row(out, cell) for cell in cells}
+        done = sum(cell.recipe.num_steps for cell in cells if finished[cell.sha256])
         total = sum(cell.recipe.num_steps for cell in cells)
         bar = progress_bar("grading (steps)", total, done) if progress else nullcontext(lambda steps: None)
         with bar as advance:
-            images = _Images(cohort)
+            images, rows = _Images(cohort), []
             for cell in cells:
-                row = rows[cell.sha256] or _run_cell(cell, images, out, device, advance)
-                rows[cell.sha256] = row
+                row = finished[cell.sha256] or _run_cell(cell, images, out, device, advance)
+                rows.append(row)
                 if tracking is not None:
                     tracking.log_metrics(_tracked(row), row["seed"])
                 if on_row is not None:
                     on_row(row)
-    return [row for cell in cells if (row := rows[cell.sha256]) is not None]
+    return rows
 
 
 def _finished_row(out: Path, cell: Cell) -> Row | None:
@@ -264,12 +268,17 @@ def predictions_of(cohort: Cohort, rows: Sequence[Row]) -> Predictions:
     """
     ids = [case.id for case in cohort.test]
     if any(row["test"]["ids"] != ids for row in rows):
-        raise DataError("test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder.")
+        raise DataError(
+            "test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder."
+        )
     metric = primary_metric(cohort.ordinal)
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["arm"], row["network"]), []).append(row)
-    probs = {cell: np.array([row["test"]["probs"] for row in sorted(runs, key=lambda row: row["seed"])]) for cell, runs in cells.items()}
+    probs = {
+        cell: np.array([row["test"]["probs"] for row in sorted(runs, key=lambda row: row["seed"])])
+        for cell, runs in cells.items()
+    }
     validation: dict[tuple[str, str], float | None] = {}
     for cell, runs in cells.items():
         values = [row["validation"]["metrics"][metric] for row in runs if row["validation"] is not None]

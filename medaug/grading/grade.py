@@ -11,7 +11,7 @@ import torch
 from medaug import storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
-from medaug.grading.arms import parse_arm
+from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import MetricSink, Row, predictions_of, run_benchmark, summary_of
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.report import write_report
@@ -67,20 +67,36 @@ def grade(
     cohort = read_cohort(Path(cohort_dir), verify=True)
     names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
     which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    options: dict[str, Any] = {"synthetic_per_real": synthetic_per_real, "allocation": allocation, "allow_untrusted": allow_untrusted}
+    options: dict[str, Any] = {
+        "synthetic_per_real": synthetic_per_real,
+        "allocation": allocation,
+        "allow_untrusted": allow_untrusted,
+    }
     arms = [parse_arm(spec, **options) for spec in arm_specs]
     if BASELINE not in [arm.name for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     recipes = {name: grading_recipe(profile, name, overrides) for name in names}
     _check_networks(names, cohort)
-    rows = run_benchmark(cohort, arms, names, which, recipes, out, progress=progress, on_row=on_row, tracking=tracking, device=device)
+    rows = run_benchmark(
+        cohort, arms, names, which, recipes, out, progress=progress, on_row=on_row, tracking=tracking, device=device
+    )
     predictions = predictions_of(cohort, rows)
-    leak = cohort.notes.get("leak") or {}
-    verdict = judge(predictions, ordinal=cohort.ordinal, leak_warning=leak.get("warning"), num_resamples=num_resamples)
+    verdict = judge(predictions, ordinal=cohort.ordinal, notes=_notes(cohort, arms), num_resamples=num_resamples)
     summaries = [summary_of(row) for row in rows]
     storage.write_json(out / VERDICT_NAME, verdict)
     write_report(out, cohort, rows, verdict, command=command, profile=profile)
     return {"rows": summaries, "verdict": verdict}
+
+
+def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
+    """What a reader must know before the verdict: a split that leaks, images nobody can vouch for."""
+    leak = (cohort.notes.get("leak") or {}).get("warning")
+    notes = [str(leak)] if leak else []
+    for arm in arms:
+        unknown = [case for case in (arm.synthetic.training if arm.synthetic else ()) if not (case.lineage or {}).get("fit_on")]
+        if unknown:
+            notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients.")
+    return notes
 
 
 def _check_networks(names: Sequence[str], cohort: Cohort) -> None:

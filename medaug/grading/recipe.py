@@ -59,7 +59,10 @@ def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | No
     known = {field.name for field in fields(ClassifierRecipe)}
     unknown = set(overrides or {}) - known
     if unknown:
-        raise ConfigError("recipe-unknown-key", f"A classifier recipe has the fields {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.")
+        raise ConfigError(
+            "recipe-unknown-key",
+            f"A classifier recipe has the fields {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.",
+        )
     return replace(recipe, **(overrides or {}))
 
 

@@ -26,18 +26,25 @@ __all__ = ["METRICS", "PLOT_NAME", "comparison_figure", "markdown_table", "table
 
 
 def table_rows(rows: Sequence[Row], verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line per arm and network: mean and standard deviation over seeds of every metric on test and of the primary on validation,
-    and the difference to `none` with its interval."""
+    """One line per arm and network: mean and spread over seeds of the metrics, and the difference to `none` with its interval."""
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["arm"], row["network"]), []).append(row)
     table = []
     for (arm, network), runs in cells.items():
-        line: dict[str, Any] = {"arm": arm, "network": network, "seeds": len(runs), "num_training": runs[0]["num_training"], "ratio": runs[0]["ratio"]}
+        line: dict[str, Any] = {
+            "arm": arm,
+            "network": network,
+            "seeds": len(runs),
+            "num_training": runs[0]["num_training"],
+            "ratio": runs[0]["ratio"],
+        }
         for metric in METRICS:
             line |= _mean_and_spread(metric, [run["test"]["metrics"][metric] for run in runs])
         for metric in ("balanced_accuracy", "quadratic_kappa"):
-            line |= _mean_and_spread(f"validation_{metric}", [run["validation"]["metrics"][metric] for run in runs if run["validation"]])
+            line |= _mean_and_spread(
+                f"validation_{metric}", [run["validation"]["metrics"][metric] for run in runs if run["validation"]]
+            )
         difference = verdict.get(arm, {}).get("per_network", {}).get(network, {})
         line |= {f"difference_{name}": difference.get(name) for name in ("difference", "low", "high", "p_value")}
         table.append(line)
@@ -55,7 +62,15 @@ def _mean_and_spread(name: str, values: Sequence[float | None]) -> dict[str, flo
 def markdown_table(table: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The table for a README: the primary metric, its companions and the difference to `none`."""
     others = [name for name in METRICS if name != metric and any(line[name] is not None for line in table)]
-    head = ["arm", "network", "training images", METRIC_LABELS[metric], *(name.replace("_", " ") for name in others), "on validation", "difference to none (95 %)"]
+    head = [
+        "arm",
+        "network",
+        "training images",
+        METRIC_LABELS[metric],
+        *(name.replace("_", " ") for name in others),
+        "on validation",
+        "difference to none (95 %)",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in table:
         values = [line["arm"], line["network"], str(line["num_training"]), _number(line[metric], line[f"{metric}_std"])]
@@ -83,7 +98,7 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
     figure = Figure(figsize=(11, 1.6 + 0.3 * len(arms) * lanes), layout="constrained")
     FigureCanvasAgg(figure)
     scores, differences = figure.subplots(1, 2, sharey=True)
-    offsets = {name: (index + 0.5) / lanes - 0.5 for index, name in enumerate([*networks, ""])}
+    offsets = {name: 0.8 * ((index + 0.5) / lanes - 0.5) for index, name in enumerate([*networks, ""])}
     for index, network in enumerate(networks):
         colour = f"C{index % 10}"
         for place, arm in enumerate(arms):
@@ -92,7 +107,15 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
             height = place + offsets[network]
             scores.plot(known, [height] * len(known), "o", color=colour, alpha=0.45, markersize=5)
             if known:
-                scores.plot([np.mean(known)], [height], "|", color=colour, markersize=13, markeredgewidth=2.5, label=network if place == 0 else None)
+                scores.plot(
+                    [np.mean(known)],
+                    [height],
+                    "|",
+                    color=colour,
+                    markersize=13,
+                    markeredgewidth=2.5,
+                    label=network if place == 0 else None,
+                )
             result = verdict.get(arm, {}).get("per_network", {}).get(network)
             if result is not None:
                 _whisker(differences, result, height, colour, 1.2)
@@ -100,12 +123,18 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
         if arm in verdict:
             _whisker(differences, verdict[arm]["against_none"], place + offsets[""], _COLOURS[verdict[arm]["verdict"]], 3.0)
     label = METRIC_LABELS[metric]
-    scores.set(yticks=range(len(arms)), yticklabels=arms, xlabel=f"{label} on the test split; bar = mean over seeds", title="Scores")
+    scores.set(
+        yticks=range(len(arms)), yticklabels=arms, xlabel=f"{label} on the test split; bar = mean over seeds", title="Scores"
+    )
     scores.invert_yaxis()
     differences.axvline(0, color="black", linewidth=0.8)
-    differences.set(xlabel=f"{label}: arm − {BASELINE}, 95 % interval over test groups", title="Differences (thick: all networks together)")
+    differences.set(
+        xlabel=f"{label}: arm − {BASELINE}, 95 % interval over test groups", title="Differences (thick: all networks together)"
+    )
     for axis in (scores, differences):
         axis.grid(axis="x", alpha=0.3)
+        for place in range(1, len(arms)):
+            axis.axhline(place - 0.5, color="black", linewidth=0.4, alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(networks), 6), frameon=False)
     return figure
@@ -118,7 +147,9 @@ def _whisker(axis: Any, result: Mapping[str, Any], height: float, colour: str, w
     axis.plot([result["difference"]], [height], "o", color=colour, markersize=3 + width)
 
 
-def write_report(out: Path, cohort: Cohort, rows: Sequence[Row], verdict: Mapping[str, Any], *, command: str = "", profile: str = "") -> None:
+def write_report(
+    out: Path, cohort: Cohort, rows: Sequence[Row], verdict: Mapping[str, Any], *, command: str = "", profile: str = ""
+) -> None:
     """Write every file of the report into `out`.
 
     Args:
@@ -148,9 +179,18 @@ def _flat(summary: Row) -> Row:
 
 
 def _html(
-    cohort: Cohort, rows: Sequence[Row], table: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], metric: str, plot: bytes, command: str, profile: str
+    cohort: Cohort,
+    rows: Sequence[Row],
+    table: Sequence[Mapping[str, Any]],
+    verdict: Mapping[str, Any],
+    metric: str,
+    plot: bytes,
+    command: str,
+    profile: str,
 ) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("medaug.grading"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("medaug.grading")
+    )
     environment.filters["number"] = lambda value: "undefined" if value is None else f"{value:.3f}"
     environment.filters["signed"] = lambda value: "undefined" if value is None else f"{value:+.3f}"
     counts = {split: (len(cohort.split(split)), len(cohort.groups(split))) for split in ("training", "validation", "test")}

@@ -42,7 +42,12 @@ __all__ = [
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """numerator / denominator, NaN where the denominator is 0."""
     numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    return np.divide(numerator, denominator, out=np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan), where=denominator > 0)
+    return np.divide(
+        numerator,
+        denominator,
+        out=np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan),
+        where=denominator > 0,
+    )
 
 
 def accuracy(counts: np.ndarray) -> np.ndarray:
@@ -151,7 +156,10 @@ def classification_metrics(target: np.ndarray, probs: np.ndarray, *, ordinal: bo
 def _checked(target: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     target, probs = np.asarray(target), np.asarray(probs, dtype=float)
     if probs.ndim != 2 or target.shape != (len(probs),) or len(target) == 0 or target.min() < 0 or target.max() >= probs.shape[1]:
-        raise DataError("predictions-invalid", f"Metrics need targets (N,) inside the K classes and probabilities (N, K), got {target.shape} and {probs.shape}.")
+        raise DataError(
+            "predictions-invalid",
+            f"Metrics need targets (N,) inside the K classes and probabilities (N, K), got {target.shape} and {probs.shape}.",
+        )
     return target, probs
 
 
@@ -159,7 +167,8 @@ def _per_class(counts: np.ndarray) -> list[dict[str, float | int | None]]:
     hits, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     columns = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, truth), "f1": _ratio(2 * hits, truth + predicted)}
     return [
-        {name: None if np.isnan(values[index]) else float(values[index]) for name, values in columns.items()} | {"support": int(truth[index])}
+        {name: None if np.isnan(values[index]) else float(values[index]) for name, values in columns.items()}
+        | {"support": int(truth[index])}
         for index in range(len(counts))
     ]
 
@@ -206,7 +215,10 @@ def bootstrap_scores(
         raise ConfigError("metric-unknown", f"A bootstrap metric must be one of {', '.join(BOOTSTRAP_METRICS)}, got {metric!r}.")
     probs = np.asarray(probs, dtype=float)
     if probs.ndim != 3 or len(groups) != probs.shape[1]:
-        raise DataError("predictions-invalid", f"The bootstrap needs probabilities (S, N, K) and N groups, got {probs.shape} and {len(groups)}.")
+        raise DataError(
+            "predictions-invalid",
+            f"The bootstrap needs probabilities (S, N, K) and N groups, got {probs.shape} and {len(groups)}.",
+        )
     target = _checked(target, probs[0])[0]
     names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     score = _scorer(target, member, probs, metric, len(names))
@@ -219,7 +231,9 @@ def bootstrap_scores(
     return np.concatenate(scores)
 
 
-def _scorer(target: np.ndarray, member: np.ndarray, probs: np.ndarray, metric: str, num_groups: int) -> Callable[[np.ndarray], np.ndarray]:
+def _scorer(
+    target: np.ndarray, member: np.ndarray, probs: np.ndarray, metric: str, num_groups: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """The function (R, G) multiplicities of the groups -> (R,) metric, mean over the runs."""
     if metric == "auc":
         return lambda weights: np.mean([macro_auc(target, run, weights[:, member]) for run in probs], axis=0)
@@ -227,7 +241,7 @@ def _scorer(target: np.ndarray, member: np.ndarray, probs: np.ndarray, metric: s
     # Confusion counts add up over groups, so a resample is one row of a matrix product.
     per_group = np.zeros((num_groups, num_runs, num_classes, num_classes))
     for run in range(num_runs):
-        np.add.at(per_group, (member, run, target, probs[run].argmax(1)), 1)
+        np.add.at(per_group[:, run], (member, target, probs[run].argmax(1)), 1)
     flat = per_group.reshape(num_groups, -1)
     function = _COUNT_METRICS[metric]
     return lambda weights: function((weights @ flat).reshape(-1, num_runs, num_classes, num_classes)).mean(-1)
@@ -240,12 +254,16 @@ def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifferen
     known = differences[~np.isnan(differences)]
     num_undefined = len(differences) - len(known)
     if not len(known) or math.isnan(scores_a[0] - scores_b[0]):
-        return PairedDifference(math.nan, math.nan, math.nan, 1.0, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined)
+        return PairedDifference(
+            math.nan, math.nan, math.nan, 1.0, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined
+        )
     low, high = np.percentile(known, [2.5, 97.5])
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
     p_value = min(1.0, 2 * (1 + tail) / (1 + len(known)))
     difference = float(scores_a[0] - scores_b[0])
-    return PairedDifference(difference, float(low), float(high), p_value, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined)
+    return PairedDifference(
+        difference, float(low), float(high), p_value, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined
+    )
 
 
 def paired_bootstrap(
@@ -265,7 +283,9 @@ def paired_bootstrap(
     Args:
         target: (N,).  groups: (N,).  probs_a, probs_b: (S, N, K), averaged over S after scoring each run.
     """
-    scores = [bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed) for probs in (probs_a, probs_b)]
+    scores = [
+        bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed) for probs in (probs_a, probs_b)
+    ]
     return compare_scores(*scores)
 
 

@@ -65,21 +65,31 @@ def check_complete(predictions: Predictions) -> None:
         ConfigError: no baseline arm.  DataError: a missing cell or a different number of seeds or cases.
     """
     if BASELINE not in predictions.arms:
-        raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`, got {', '.join(predictions.arms)}; add --arm {BASELINE}.")
+        raise ConfigError(
+            "baseline-missing",
+            f"A verdict compares with the arm `{BASELINE}`, got {', '.join(predictions.arms)}; add --arm {BASELINE}.",
+        )
     shapes = {values.shape for values in predictions.probs.values()}
     if len(shapes) != 1 or len(predictions.probs) != len(predictions.arms) * len(predictions.networks):
-        raise DataError("rows-incomplete", "Every arm needs the same networks, seeds and test cases; run the same grading command again to fill the gaps.")
+        raise DataError(
+            "rows-incomplete",
+            "Every arm needs the same networks, seeds and test cases; run the same grading command again to fill the gaps.",
+        )
 
 
 def judge(
     predictions: Predictions,
     *,
     ordinal: bool,
-    leak_warning: str | None = None,
+    notes: Sequence[str] = (),
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Judge every arm but the baseline.
+
+    Args:
+        ordinal: chooses the primary metric.  notes: warnings about the data, repeated in every verdict.
+        num_resamples, seed: of the bootstrap.
 
     Returns:
         arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, against_none and against_control (difference,
@@ -99,7 +109,7 @@ def judge(
     against_control = {arm: compare_scores(pooled[arm], pooled[CONTROL]) for arm in judged if has_control and arm != CONTROL}
     holm_none = holm({arm: result.p_value for arm, result in against_none.items()})
     holm_control = holm({arm: result.p_value for arm, result in against_control.items()})
-    warnings = _warnings(predictions, leak_warning, has_control)
+    warnings = _warnings(predictions, notes, has_control)
     verdicts: dict[str, dict[str, Any]] = {}
     for arm in judged:
         control = against_control.get(arm)
@@ -109,7 +119,9 @@ def judge(
         networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
         verdicts[arm] = {
             "verdict": verdict,
-            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], against_none[arm], control, seeds, len(predictions.networks)),
+            "sentence": _sentence(
+                arm, verdict, METRIC_LABELS[metric], against_none[arm], control, seeds, len(predictions.networks)
+            ),
             "metric": metric,
             "against_none": _plain(against_none[arm], holm_none[arm]),
             "against_control": None if control is None else _plain(control, holm_control[arm]),
@@ -138,23 +150,34 @@ def _seed_differences(predictions: Predictions, arm: str, metric: str) -> list[f
 
 
 def _validation_difference(predictions: Predictions, arm: str) -> float | None:
-    pairs = [(predictions.validation.get((arm, network)), predictions.validation.get((BASELINE, network))) for network in predictions.networks]
+    pairs = [
+        (predictions.validation.get((arm, network)), predictions.validation.get((BASELINE, network)))
+        for network in predictions.networks
+    ]
     known = [ours - baseline for ours, baseline in pairs if ours is not None and baseline is not None]
     return float(np.mean(known)) if known else None
 
 
-def _warnings(predictions: Predictions, leak_warning: str | None, has_control: bool) -> list[str]:
-    notes = [leak_warning] if leak_warning else []
+def _warnings(predictions: Predictions, known: Sequence[str], has_control: bool) -> list[str]:
+    notes = list(known)
     num_groups = len(set(predictions.groups))
     if num_groups < FEW_GROUPS:
         notes.append(f"The test split has only {num_groups} groups; intervals from so few are rough.")
     if not has_control:
-        notes.append(f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones; add --arm {CONTROL}.")
+        notes.append(
+            f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones; add --arm {CONTROL}."
+        )
     return notes
 
 
 def _sentence(
-    arm: str, verdict: str, metric: str, none: PairedDifference, control: PairedDifference | None, seeds: Sequence[float], num_networks: int
+    arm: str,
+    verdict: str,
+    metric: str,
+    none: PairedDifference,
+    control: PairedDifference | None,
+    seeds: Sequence[float],
+    num_networks: int,
 ) -> str:
     """One plain sentence with the numbers the verdict rests on."""
     if math.isnan(none.difference):

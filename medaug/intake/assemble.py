@@ -41,7 +41,9 @@ class Assembly:
     notes: list[str] = field(default_factory=list)
 
 
-def assemble(records: Sequence[Record], options: IntakeOptions, has_splits: bool, quarantine: Quarantine, names: dict[str, str]) -> Assembly:
+def assemble(
+    records: Sequence[Record], options: IntakeOptions, has_splits: bool, quarantine: Quarantine, names: dict[str, str]
+) -> Assembly:
     """Decide on labels, duplicates, groups and splits of all records.
 
     Args:
@@ -78,7 +80,9 @@ def assemble(records: Sequence[Record], options: IntakeOptions, has_splits: bool
 def no_usable_image(quarantine: Quarantine) -> DataError:
     """The error for a source of which nothing remains."""
     codes = ", ".join(f"{count} {code}" for code, count in quarantine.by_code().items()) or "no image file was found"
-    return DataError("no-usable-image", f"The source holds no usable labelled image ({codes}); check the source and the label table.")
+    return DataError(
+        "no-usable-image", f"The source holds no usable labelled image ({codes}); check the source and the label table."
+    )
 
 
 def _labelled(records: Sequence[Record], classes: Classes, quarantine: Quarantine) -> list[int]:
@@ -125,7 +129,9 @@ def _join_studies(records: Sequence[Record], sets: duplicates.Union) -> None:
         sets.join_equal(studies)
 
 
-def _without_duplicates(records: Sequence[Record], labelled: Sequence[int], sets: duplicates.Union, quarantine: Quarantine) -> list[int]:
+def _without_duplicates(
+    records: Sequence[Record], labelled: Sequence[int], sets: duplicates.Union, quarantine: Quarantine
+) -> list[int]:
     """Indices that stay: one of each set of identical images, none where their labels differ."""
     same = duplicates.Union(len(records))
     usable = set(labelled)
@@ -145,7 +151,9 @@ def _without_duplicates(records: Sequence[Record], labelled: Sequence[int], sets
         kept.append(best)
         for index in others:
             code = records[best].case_id
-            quarantine.add(records[index].quarantine_name, "duplicate-image", f"The image is identical to case {code}, which stays.")
+            quarantine.add(
+                records[index].quarantine_name, "duplicate-image", f"The image is identical to case {code}, which stays."
+            )
     return sorted(kept)
 
 
@@ -168,9 +176,14 @@ def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], set
     result.neighbour_distances = grouping.neighbour_distances
     result.groups = _describe_groups(result.records, grouping, len(alone))
     if len(alone) > duplicates.MAX_CLUSTERED:
-        result.notes.append(f"More than {duplicates.MAX_CLUSTERED} images have no patient: only near-copies were grouped; give a patient column if there is one.")
+        result.notes.append(
+            f"More than {duplicates.MAX_CLUSTERED} images have no patient: only near-copies were grouped; "
+            "give a patient column if there is one."
+        )
     elif alone:
-        result.notes.append(f"{len(alone)} image(s) have no patient and no group: patient-like groups were found from the pixels.")
+        result.notes.append(
+            f"{len(alone)} image(s) have no patient and no group: patient-like groups were found from the pixels."
+        )
 
 
 def _name_patients(records: Sequence[Record]) -> None:
@@ -195,7 +208,7 @@ def _describe_groups(records: Sequence[Record], grouping: duplicates.Grouping, a
         "automatic": automatic,
         "near_copies": grouping.near_copies,
         "threshold": grouping.threshold,
-        "largest_allowed": grouping.largest_allowed,
+        "largest_allowed": grouping.largest_allowed if automatic else None,
     }
 
 
@@ -225,7 +238,10 @@ def _split(result: Assembly, options: IntakeOptions, has_splits: bool, quarantin
     for label, name in enumerate(result.classes.names):
         present = {record.split for record in result.records if record.label == label}
         if "training" not in present:
-            raise DataError("class-too-small", f"Class {name!r} has no usable image in the training split; use --split to divide the source anew.")
+            raise DataError(
+                "class-too-small",
+                f"Class {name!r} has no usable image in the training split; use --split to divide the source anew.",
+            )
         result.notes.extend(f"Class {name!r} has no image in the {split} split." for split in SPLITS[1:] if split not in present)
 
 
@@ -243,7 +259,9 @@ def _keep_splits(result: Assembly, seed: int, quarantine: Quarantine) -> None:
     kept = []
     for record in result.records:
         if record.split is None:
-            quarantine.add(record.quarantine_name, "split-unknown", "The source has splits but gives none that is known for this image.")
+            quarantine.add(
+                record.quarantine_name, "split-unknown", "The source has splits but gives none that is known for this image."
+            )
         elif record.split != home[record.group]:
             reason = f"Its group is also in the {home[record.group]} split; this {record.split} image would leak it."
             quarantine.add(record.quarantine_name, "group-crosses-splits", reason)
@@ -252,14 +270,21 @@ def _keep_splits(result: Assembly, seed: int, quarantine: Quarantine) -> None:
     result.records = kept
     present = {record.split for record in kept}
     if "training" not in present:
-        raise DataError("split-missing", "The source's own splits leave no training image; use --split to divide the source anew.")
+        raise DataError(
+            "split-missing", "The source's own splits leave no training image; use --split to divide the source anew."
+        )
     for missing, ratios in (("validation", (0.875, 0.125, 0.0)), ("test", (0.8, 0.0, 0.2))):
         if missing not in present:
             _assign([record for record in kept if record.split == "training"], ratios, seed)
-            result.notes.append(f"The source has no {missing} split: {ratios[1] + ratios[2]:.1%} of its training groups were taken for it.")
+            result.notes.append(
+                f"The source has no {missing} split: {ratios[1] + ratios[2]:.1%} of its training groups were taken for it."
+            )
     crossing = quarantine.by_code().get("group-crosses-splits", 0)
     if crossing:
-        result.notes.append(f"The source's own splits share patients or look-alike groups: {crossing} image(s) were left out of training or validation.")
+        result.notes.append(
+            f"The source's own splits share patients or look-alike groups: {crossing} image(s) were left out "
+            "of training or validation."
+        )
 
 
 def _leak(records: Sequence[Record], seed: int) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def _existing(options: IntakeOptions, source: str) -> IntakeResult | None:
     """The finished cohort of the same options and source; None if the output folder is absent or empty."""
     if not options.out.is_dir() or all(path.name == storage.LOCK_NAME for path in options.out.iterdir()):
         return None
-    other = StorageError("folder-not-empty", f"The output folder {options.out.name} holds something else; choose another --out or remove it.")
+    other = StorageError(
+        "folder-not-empty", f"The output folder {options.out.name} holds something else; choose another --out or remove it."
+    )
     if not (options.out / FILE_NAME).is_file():
         raise other
     cohort = read_cohort(options.out)
@@ -132,7 +134,10 @@ def _take_in(options: IntakeOptions, found: Scan, source: str, folder: Path | No
 def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner) -> list[str]:
     notes = []
     if joiner.restored_zeros:
-        notes.append(f"{joiner.restored_zeros} identifier(s) matched the label table only without leading zeros; each fitted one image or patient.")
+        notes.append(
+            f"{joiner.restored_zeros} identifier(s) matched the label table only without leading zeros; "
+            "each fitted one image or patient."
+        )
     if found.has_splits and options.split is not None:
         notes.append("The source's own splits were replaced, because --split was given.")
     if any(item.kind == "nifti" for item in found.items):
@@ -153,7 +158,7 @@ def _cohort(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         for record in changed:
             _change_channels(folder / image_path(record), channels)
     splits = {split: tuple(_case(record, intensity) for record in records if record.split == split) for split in SPLITS}
-    return Cohort(
+    cohort = Cohort(
         name=options.name or options.out.name,
         modality=_modality(records, options, assembly.notes),
         classes=assembly.classes.names,
@@ -164,8 +169,8 @@ def _cohort(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         created_by=created_by("intake", options.config(), options.seed),
         source=f"sha256:{source}",
         notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups},
-        **splits,
     )
+    return cohort.with_cases(**splits)
 
 
 def _case(record: Record, intensity: dict[str, Any]) -> Case:
@@ -191,7 +196,12 @@ def _intensity(records: Sequence[Record]) -> dict[str, Any]:
         return _plain(first)
     kinds = sorted({record.intensity["kind"] for record in records})
     kind = "percentile" if kinds == ["percentile"] else "mixed"
-    return {"kind": kind, "kinds": kinds, "0": "differs per image: acquisition.intensity", "1": "differs per image: acquisition.intensity"}
+    return {
+        "kind": kind,
+        "kinds": kinds,
+        "0": "differs per image: acquisition.intensity",
+        "1": "differs per image: acquisition.intensity",
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -87,7 +87,10 @@ def _named(counts: Counter[str], notes: list[str]) -> tuple[list[str], dict[str,
     chosen = {folded: max(texts, key=lambda text: counts[text]) for folded, texts in spellings.items()}
     other = [text for text in counts if chosen[text.casefold()] != text]
     if other:
-        notes.append(f"{sum(counts[text] for text in other)} label(s) written as {_quote(other)} were joined with the same name in another case.")
+        notes.append(
+            f"{sum(counts[text] for text in other)} label(s) written as {_quote(other)} were joined with the same name "
+            "in another case."
+        )
     names = sorted(chosen.values(), key=_name_order)
     return names, {text: names.index(chosen[text.casefold()]) for text in counts}
 
@@ -104,8 +107,12 @@ def _quote(texts: Iterable[str]) -> str:
 
 def _check_number(names: list[str], images: int) -> None:
     if len(names) < 2:
-        raise DataError("class-too-small", f"At least two classes are needed, got {len(names)} ({', '.join(names)}); check the label column or the folders.")
+        raise DataError(
+            "class-too-small",
+            f"At least two classes are needed, got {len(names)} ({', '.join(names)}); check the label column or the folders.",
+        )
     if len(names) > MAX_CLASSES or (len(names) > 20 and len(names) > images / 2):
         raise DataError(
-            "labels-not-classes", f"{len(names)} different labels for {images} images are no classes; choose the column that holds the class."
+            "labels-not-classes",
+            f"{len(names)} different labels for {images} images are no classes; choose the column that holds the class.",
         )

@@ -72,8 +72,9 @@ class Union:
 
 
 def pixel_sha256(unit_image: np.ndarray) -> str:
-    """sha256 of a unit image as 16-bit pixels: equal for images that the cohort would store alike."""
-    quantised = np.rint(np.asarray(unit_image, dtype=np.float64) * 65535).astype("<u2")
+    """sha256 of a unit image as the cohort stores it: 16-bit grey, 8-bit colour."""
+    levels = 65535 if np.ndim(unit_image) == 2 else 255
+    quantised = np.rint(np.asarray(unit_image, dtype=np.float64) * levels).astype("<u2")
     return storage.sha256_bytes(repr(quantised.shape).encode() + quantised.tobytes())
 
 
@@ -307,10 +308,13 @@ def leak_indicator(
 
 def _verdict(found: dict[str, Any]) -> dict[str, Any]:
     balanced, chance = found["balanced_accuracy"], found["chance"]
-    figures = f"the nearest training image has the label of {balanced:.0%} of the test images (balanced over classes; chance {chance:.0%}, "
-    figures += f"a classifier without memory {found['memoryless']:.0%})"
+    figures = (
+        f"the nearest training image has the label of {balanced:.0%} of the test images "
+        f"(balanced over classes; chance {chance:.0%}, a classifier without memory {found['memoryless']:.0%})"
+    )
     if balanced > found["shuffled_high"] and balanced - found["memoryless"] > max(0.05, 1.645 * found["standard_error"]):
-        text = f"High: {figures}. Patients probably cross the split: give a patient column, or let the groups be found automatically."
+        text = f"High: {figures}. Patients probably cross the split: "
+        text += "give a patient column, or let the groups be found automatically."
         return {"level": "high", "verdict": text, "warning": text}
     if balanced > found["shuffled_high"] and balanced >= chance + 0.75 * (1 - chance):
         text = f"High: {figures}. Either patients cross the split or the classes differ at first sight (scanner, crop, marks): "
@@ -333,7 +337,9 @@ def _memoryless_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) 
     """Class-balanced ridge regression on the first components: at most 30, and 20 images for each of them."""
     mean = train.mean(axis=0)
     components = int(np.clip(len(train) // 20, 1, 30))
-    _, singular, basis = np.linalg.svd(train - mean, full_matrices=False) if len(train) <= 4 * train.shape[1] else _principal(train - mean)
+    _, singular, basis = (
+        np.linalg.svd(train - mean, full_matrices=False) if len(train) <= 4 * train.shape[1] else _principal(train - mean)
+    )
     scale = basis[:components] / np.maximum(singular[:components, None] / np.sqrt(len(train)), 1e-6)
     known, unknown = (np.concatenate([(side - mean) @ scale.T, np.ones((len(side), 1))], axis=1) for side in (train, test))
     classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)

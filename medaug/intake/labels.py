@@ -74,10 +74,15 @@ def read_rows(options: IntakeOptions) -> list[Row]:
     header = [text.strip() for text in cells[0]]
     key = _column(header, options.key_column, options.key, "key")
     if key is None:
-        raise ConfigError("column-missing", f"The label table has no column for --key {options.key}; name it with --key-column. {_list(header)}")
+        raise ConfigError(
+            "column-missing", f"The label table has no column for --key {options.key}; name it with --key-column. {_list(header)}"
+        )
     label = _column(header, options.label_column, "label", "label")
     if label is None:
-        raise ConfigError("column-missing", f"The label table has no column that looks like a label; name it with --label-column. {_list(header)}")
+        raise ConfigError(
+            "column-missing",
+            f"The label table has no column that looks like a label; name it with --label-column. {_list(header)}",
+        )
     group = _column(header, options.group_column, None, "group")
     patient = _column(header, options.patient_column, "patient", "patient")
     split = _column(header, options.split_column, None, "split")
@@ -123,7 +128,9 @@ def read_cells(path: Path, sheet: str | None = None) -> list[list[str]]:
     """
     size = path.stat().st_size
     if size > MAX_TABLE_BYTES:
-        raise DataError("table-too-large", f"The label table has {size} bytes, at most {MAX_TABLE_BYTES} are read; cut it down to the images.")
+        raise DataError(
+            "table-too-large", f"The label table has {size} bytes, at most {MAX_TABLE_BYTES} are read; cut it down to the images."
+        )
     with open(path, "rb") as stream:
         is_zip = stream.read(4) == b"PK\3\4"
     cells = _read_xlsx(path, sheet) if is_zip else _read_csv(path.read_bytes())
@@ -147,7 +154,9 @@ def _read_csv(data: bytes) -> list[list[str]]:
             rows.append(line)
             _check_extent(len(rows), len(line))
     except csv.Error as error:
-        raise DataError("table-unreadable", f"The label table is no readable CSV (row {len(rows) + 1}); save it again as CSV UTF-8.") from error
+        raise DataError(
+            "table-unreadable", f"The label table is no readable CSV (row {len(rows) + 1}); save it again as CSV UTF-8."
+        ) from error
     return rows
 
 
@@ -160,7 +169,9 @@ def _decode(data: bytes) -> str:
             continue
         if "\0" not in text:
             return text
-    raise DataError("table-unreadable", "The label table is neither text (UTF-8, UTF-16, Windows-1252) nor XLSX; save it again as CSV UTF-8.")
+    raise DataError(
+        "table-unreadable", "The label table is neither text (UTF-8, UTF-16, Windows-1252) nor XLSX; save it again as CSV UTF-8."
+    )
 
 
 def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
@@ -170,13 +181,18 @@ def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
         with zipfile.ZipFile(path) as archive:
             inflated = sum(entry.file_size for entry in archive.infolist())
         if inflated > MAX_INFLATED_BYTES:
-            raise DataError("table-too-large", f"The XLSX unpacks to {inflated} bytes, at most {MAX_INFLATED_BYTES} are read; save the rows needed as CSV.")
+            raise DataError(
+                "table-too-large",
+                f"The XLSX unpacks to {inflated} bytes, at most {MAX_INFLATED_BYTES} are read; save the rows needed as CSV.",
+            )
         # Values, not formulas; not read_only, which does not know merged cells.
         book = openpyxl.load_workbook(path, data_only=True)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - openpyxl raises anything on arbitrary bytes
-        raise DataError("table-unreadable", f"The XLSX cannot be read ({type(error).__name__}); save it again or as CSV UTF-8.") from None
+        raise DataError(
+            "table-unreadable", f"The XLSX cannot be read ({type(error).__name__}); save it again or as CSV UTF-8."
+        ) from None
     try:
         if sheet is not None and sheet not in book.sheetnames:
             raise ConfigError("sheet-missing", f"The XLSX has no sheet {sheet!r}; it has: {', '.join(book.sheetnames[:20])}.")
@@ -195,7 +211,9 @@ def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
 def _check_extent(rows: int, columns: int) -> None:
     if rows > MAX_ROWS or columns > MAX_COLUMNS or rows * columns > MAX_CELLS:
         raise DataError(
-            "table-too-large", f"The label table has {rows} rows and {columns} columns; at most {MAX_ROWS} and {MAX_COLUMNS}, {MAX_CELLS} cells, are read."
+            "table-too-large",
+            f"The label table has {rows} rows and {columns} columns; at most {MAX_ROWS} and {MAX_COLUMNS}, "
+            f"{MAX_CELLS} cells, are read.",
         )
 
 
@@ -257,7 +275,12 @@ def _nearest_path(items: Sequence[Item], hits: Sequence[int], wanted: str) -> li
     lengths = []
     for index in hits:
         own = PurePosixPath(_file_keys(items[index].relative)[0]).parts[:-1][::-1]
-        lengths.append(next((depth for depth, (left, right) in enumerate(zip(own, folders, strict=False)) if left != right), min(len(own), len(folders))))
+        lengths.append(
+            next(
+                (depth for depth, (left, right) in enumerate(zip(own, folders, strict=False)) if left != right),
+                min(len(own), len(folders)),
+            )
+        )
     return [index for index, length in zip(hits, lengths, strict=True) if length == max(lengths)]
 
 

@@ -52,7 +52,9 @@ class Joiner:
     @property
     def restored_zeros(self) -> int:
         """Identifiers that matched only without leading zeros."""
-        return (self._by_file.restored_zeros if self._by_file else 0) + (len(self._by_identifier.restored) if self._by_identifier else 0)
+        return (self._by_file.restored_zeros if self._by_file else 0) + (
+            len(self._by_identifier.restored) if self._by_identifier else 0
+        )
 
     def is_ambiguous(self, index: int) -> bool:
         """True if a row of the table could mean this file among others."""
@@ -147,7 +149,9 @@ def read_records(
             quarantine.add(quarantine_name(item), error.code, error.message)
         advance(1)
     for row in joiner.unused():
-        quarantine.add(f"table row {row.number}", "label-without-image", "No image of the source belongs to this row of the label table.")
+        quarantine.add(
+            f"table row {row.number}", "label-without-image", "No image of the source belongs to this row of the label table."
+        )
     return records, joiner
 
 
@@ -159,7 +163,12 @@ def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantin
 
 
 def _prepare(
-    record: Record, picture: Picture, options: IntakeOptions, folder: Path | None, taken: dict[str, tuple[str, str]], quarantine: Quarantine
+    record: Record,
+    picture: Picture,
+    options: IntakeOptions,
+    folder: Path | None,
+    taken: dict[str, tuple[str, str]],
+    quarantine: Quarantine,
 ) -> bool:
     """Scale, write and summarise one picture; False if it cannot be used."""
     try:

@@ -16,8 +16,28 @@ from medaug.errors import ConfigError
 
 KEYS = ("file", "sop", "series", "study", "patient", "accession")
 MAX_IMAGE_SIZE = 2048
-PLAIN_DICOM_NAME = re.compile(r"(?:(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}|[0-2](?:\.\d+){3,})(?:\.(?:dcm|ima))?", re.IGNORECASE)
-PLACEHOLDER_IDS = frozenset({"", "0", "anon", "anonym", "anonymous", "anonymized", "anonymised", "unknown", "none", "nan", "na", "n/a", "null", "x", "xxx"})
+PLAIN_DICOM_NAME = re.compile(
+    r"(?:(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}|[0-2](?:\.\d+){3,})(?:\.(?:dcm|ima))?", re.IGNORECASE
+)
+PLACEHOLDER_IDS = frozenset(
+    {
+        "",
+        "0",
+        "anon",
+        "anonym",
+        "anonymous",
+        "anonymized",
+        "anonymised",
+        "unknown",
+        "none",
+        "nan",
+        "na",
+        "n/a",
+        "null",
+        "x",
+        "xxx",
+    }
+)
 
 
 @dataclass
@@ -139,7 +159,71 @@ class Record:
         return base + self.position if base else ""
 
     @property
-    def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:
+    def quarantine_name(self) -> str:
+        """What the quarantine calls this image."""
+        return self.name or f"sha256:{self.source[:12]}"
+
+
+@dataclass
+class IntakeResult:
+    """What intake did.
+
+    Attributes:
+        cohort: as written; for a dry run as it would have been, without a folder.
+        counts: files, images used and left out, images per split and class, groups, patients.
+        leak: see `duplicates.leak_indicator`.
+        quarantine: rows of file, code, reason.
+        notes: what was assumed or changed, one sentence each.
+        report: the content of report.json.
+        reused: True if the folder already held this very cohort.
+    """
+
+    cohort: Cohort
+    counts: dict[str, Any]
+    leak: dict[str, Any]
+    quarantine: list[dict[str, str]]
+    notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+
+def normal_id(value: str) -> str:
+    """An identifier for comparison: no outer blanks, one case, no leading zeros that a spreadsheet may have dropped."""
+    text = " ".join(value.replace("\0", " ").split()).casefold()
+    text = text[:-2] if re.fullmatch(r"\d+\.0", text) else text
+    return (text.lstrip("0") or "0") if text.isdigit() else text
+
+
+def known_patient(value: str) -> str:
+    """`normal_id`, empty for blank identifiers and for placeholders that many patients share."""
+    text = normal_id(value)
+    return "" if text in PLACEHOLDER_IDS else text
+
+
+def public_name(item: Item, secrets: Sequence[str]) -> str:
+    """The base name of an item, or "" where it may hold an identifier of its patient.
+
+    DICOM files are often named after the patient: only counting names (IM0001) and UIDs pass. For other files a name
+    passes unless it holds one of the `secrets`: the patient's identifier, name, accession number.
+    """
+    base = item.path.name
+    if item.kind == "dicom" and not PLAIN_DICOM_NAME.fullmatch(base):
+        return ""
+    return "" if any(_reveals(base, secret) for secret in (item.patient, *secrets)) else base
+
+
+def _reveals(name: str, secret: str) -> bool:
+    """True if the name holds the identifier, or for one in parts (a person's name) any part of 3 letters or more."""
+    wanted = known_patient(secret)
+    if not wanted:
+        return False
+    tokens = {normal_id(token) for token in re.split(r"[^0-9A-Za-z\u0080-\uffff]+", name)}
+    whole = [wanted] if len(wanted) >= 3 else []
+    parts = [part for part in re.split(r"[\s^=_.,-]+", wanted) if len(part) >= 3]
+    return wanted in tokens or any(part in name.casefold() for part in whole + parts)
+
+
+def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:
     """What the quarantine calls a file that gave no image: its public name, else the start of its sha256."""
     return public_name(item, secrets) or f"sha256:{sha_of(item.path)[:12]}"
 

@@ -25,7 +25,24 @@ SPLIT_NAMES = {
 }
 IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "dicomdir", "ehthumbs.db", "icon\r"})
 IGNORED_FOLDERS = frozenset({"__macosx", "$recycle.bin"})
-SIDE_FILES = (".csv", ".tsv", ".xlsx", ".xls", ".txt", ".md", ".json", ".yaml", ".yml", ".xml", ".html", ".htm", ".pdf", ".exe", ".inf", ".ini")
+SIDE_FILES = (
+    ".csv",
+    ".tsv",
+    ".xlsx",
+    ".xls",
+    ".txt",
+    ".md",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".html",
+    ".htm",
+    ".pdf",
+    ".exe",
+    ".inf",
+    ".ini",
+)
 IMAGE_SUFFIXES = {
     **dict.fromkeys((*raster.SUFFIXES, ".gif"), "raster"),
     **dict.fromkeys((".dcm", ".dicom", ".ima"), "dicom"),
@@ -71,7 +88,10 @@ def scan(options: IntakeOptions) -> Scan:
         return _scan_datalist(options)
     if source.suffix.lower() == ".npz":
         return Scan([Item(source.name, source, "npz")], "npz", has_splits=True)
-    raise DataError("source-unknown", f"The source must be a folder, a DICOMDIR, a MedMNIST .npz or a datalist .json; got a {source.suffix or 'plain'} file.")
+    raise DataError(
+        "source-unknown",
+        f"The source must be a folder, a DICOMDIR, a MedMNIST .npz or a datalist .json; got a {source.suffix or 'plain'} file.",
+    )
 
 
 def read_pictures(item: Item) -> Iterator[tuple[Picture, str | None, str | None]]:
@@ -107,7 +127,9 @@ def _scan_folder(options: IntakeOptions) -> Scan:
             found.ignored["side-file"] += 1
         else:
             name = quarantine_name(Item(relative, path, "dicom"))
-            found.quarantine.append({"file": name, "code": "not-an-image", "reason": "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."})
+            found.quarantine.append(
+                {"file": name, "code": "not-an-image", "reason": "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."}
+            )
     found.items.sort(key=lambda item: item.relative)
     if len(found.items) == 1 and found.items[0].kind == "npz":
         return Scan(found.items, "npz", True, found.ignored, found.quarantine)
@@ -150,7 +172,7 @@ def _walk(root: Path, skipped: set[Path], ignored: Counter[str]) -> Iterator[Pat
 
 
 def kind_of(path: Path) -> str | None:
-    """"raster", "dicom", "nifti", "npz" by content; by extension where broken content says nothing; else None."""
+    """ "raster", "dicom", "nifti", "npz" by content; by extension where broken content says nothing; else None."""
     name = path.name.lower()
     try:
         with open(path, "rb") as stream:
@@ -194,9 +216,16 @@ def _scan_datalist(options: IntakeOptions) -> Scan:
     if path.stat().st_size > 1 << 28:
         raise DataError("datalist-too-large", "The datalist has more than 256 MB; split it.")
     data = storage.read_json(path)
-    lists = {key: value for key, value in data.items() if key.casefold() in SPLIT_NAMES and isinstance(value, list)} if isinstance(data, dict) else {}
+    lists = (
+        {key: value for key, value in data.items() if key.casefold() in SPLIT_NAMES and isinstance(value, list)}
+        if isinstance(data, dict)
+        else {}
+    )
     if not lists or sum(map(len, lists.values())) > MAX_LISTED:
-        raise DataError("datalist-malformed", "A datalist is a JSON object with lists named training, validation or test; none was found, or it is too long.")
+        raise DataError(
+            "datalist-malformed",
+            "A datalist is a JSON object with lists named training, validation or test; none was found, or it is too long.",
+        )
     found = Scan([], "datalist", class_names=_class_names(data))
     root = path.parent.resolve()
     for key, entries in lists.items():
@@ -217,7 +246,9 @@ def _add_entry(found: Scan, root: Path, split: str, entry: Any, options: IntakeO
     image = fields.get("image") if isinstance(fields, dict) else None
     image = image[0] if isinstance(image, list) and len(image) == 1 else image
     if not isinstance(image, str) or not image or "\0" in image:
-        found.quarantine.append({"file": "datalist entry", "code": "datalist-malformed", "reason": "An entry names no single image."})
+        found.quarantine.append(
+            {"file": "datalist entry", "code": "datalist-malformed", "reason": "An entry names no single image."}
+        )
         return
     path = Path(root, image)
     item = Item("", path, "raster", _scalar(fields.get(options.label_column or "label")), split)

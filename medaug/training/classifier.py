@@ -103,7 +103,7 @@ class FitResult:
 
 @contextmanager
 def seeded(*key: object, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Seed torch's own generators by `key` inside the block and put them back after it: for weight initialisation and drop-out."""
+    """Seed torch's own generators by `key` inside the block, put them back after it: for initial weights and drop-out."""
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -275,7 +275,7 @@ def fit_classifier(
     @trainer.on(Events.ITERATION_COMPLETED)
     def _evaluate(engine: Engine) -> None:
         step = engine.state.iteration
-        keeper.losses.append(engine.state.output)
+        keeper.losses.append(float(engine.state.output))  # type: ignore[arg-type]
         if step % recipe.evaluate_every == 0 or step == recipe.num_steps:
             keeper.evaluate(step)
 
@@ -314,7 +314,10 @@ def _update_function(
         loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ConfigError("training-diverged", f"The classifier's loss is {value} at step {step + 1}; lower learning_rate ({recipe.learning_rate}).")
+            raise ConfigError(
+                "training-diverged",
+                f"The classifier's loss is {value} at step {step + 1}; lower learning_rate ({recipe.learning_rate}).",
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.max_grad_norm)

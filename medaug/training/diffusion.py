@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medaug.diffusion.objective import WEIGHTINGS, Weighting
-from medaug.diffusion.parameterisation import PARAMETERISATIONS, Level, Parameterisation
+from medaug.diffusion.parameterisation import PARAMETERISATIONS, Level, Parameterisation, make_level
 from medaug.diffusion.schedule import NoiseSchedule, make_schedule
 from medaug.draws import randn_batch, torch_generator
 from medaug.errors import ConfigError
@@ -38,8 +38,7 @@ class NoiseObjective:
     def draw(self, seed: int, stage: str, keys: list[tuple[int, int]], device: torch.device | str) -> Level:
         """One noise level per key; shape (B,) each."""
         drawn = [self.parameterisation.draw_level(self.schedule, torch_generator(seed, stage, *key)) for key in keys]
-        abar, time = zip(*drawn, strict=True)
-        return Level(torch.tensor(abar, dtype=torch.float64, device=device), torch.tensor(time, dtype=torch.float32, device=device))
+        return make_level(drawn, device)
 
     def __call__(self, inputs: Tensor, network: Callable[[Tensor, Tensor], Tensor], *, noise: Tensor, level: Level) -> Tensor:
         """Weighted squared error per image, shape (B,). `inputs`: clean images (B, C, H, W) in [-1, 1]."""

@@ -105,6 +105,7 @@ def apply_policy(name: str, images: Tensor, keys: Sequence[Key]) -> Tensor:
     check_policy(name)
     if images.ndim != 4 or len(keys) != len(images):
         raise ConfigError(
-            "policy-input", f"A policy needs images of shape (B, C, H, W) and B keys, got shape {tuple(images.shape)} and {len(keys)} keys."
+            "policy-input",
+            f"A policy needs images of shape (B, C, H, W) and B keys, got shape {tuple(images.shape)} and {len(keys)} keys.",
         )
     return POLICIES[name](images, keys) if len(images) else images

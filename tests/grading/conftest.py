@@ -27,7 +27,9 @@ def make_synthetic() -> Callable[..., Cohort]:
     """Accepted synthetic cases for a real cohort; `shift` moves every label, `fit_groups` is what the generator saw."""
     from medaug.io.raster import write_unit_png
 
-    def make(real: Cohort, root: Path, per_class: list[int], *, shift: int = 0, fit_groups: list[str] | None = None, name: str = "s") -> Cohort:
+    def make(
+        real: Cohort, root: Path, per_class: list[int], *, shift: int = 0, fit_groups: list[str] | None = None, name: str = "s"
+    ) -> Cohort:
         groups = sorted(real.groups("training")) if fit_groups is None else fit_groups
         fit = cohorts.fit_sha256(groups)
         num_classes, cases = len(real.classes), []
@@ -35,11 +37,20 @@ def make_synthetic() -> Callable[..., Cohort]:
             references = [case for case in real.training if case.label == label]
             for index in range(count):
                 case_id = f"{name}{label}{index:04d}"
-                write_unit_png(root / "images" / f"{case_id}.png", disc((label + shift) % num_classes, real.image_size, name, index))
+                write_unit_png(
+                    root / "images" / f"{case_id}.png", disc((label + shift) % num_classes, real.image_size, name, index)
+                )
                 reference = references[index % len(references)]
                 lineage = {"bundle": "drawn", "seed": index, "reference": reference.id, "intended_label": label, "fit_on": fit}
                 cases.append(
-                    Case(id=case_id, image=f"images/{case_id}.png", label=label, group=reference.group, source=f"{label}{index:063d}", lineage=lineage)
+                    Case(
+                        id=case_id,
+                        image=f"images/{case_id}.png",
+                        label=label,
+                        group=reference.group,
+                        source=f"{label}{index:063d}",
+                        lineage=lineage,
+                    )
                 )
         made = Cohort(
             name=name, modality="", classes=real.classes, ordinal=real.ordinal, image_size=real.image_size, fit_on={fit: groups}

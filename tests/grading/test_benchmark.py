@@ -34,7 +34,16 @@ def test_planted_effects_resume_and_report(planted):
     def run():
         seen.clear()
         return grade(
-            planted / "real", planted / "out", arms, "simple_cnn", 2, "tiny", overrides=QUICK, num_resamples=500, on_row=seen.append, command="medaug grade"
+            planted / "real",
+            planted / "out",
+            arms,
+            "simple_cnn",
+            2,
+            "tiny",
+            overrides=QUICK,
+            num_resamples=500,
+            on_row=seen.append,
+            command="medaug grade",
         )
 
     result = run()
@@ -69,7 +78,12 @@ def _check_report(out, result):
     assert "| wrong | simple_cnn |" in (out / "table.md").read_text()
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "report.html").read_text()
-    assert "harms" in page and "medaug grade" in page and "data:image/png;base64" in page and "24 real test images of 24 groups" in page
+    assert (
+        "harms" in page
+        and "medaug grade" in page
+        and "data:image/png;base64" in page
+        and "24 real test images of 24 groups" in page
+    )
     assert "<script" not in page and "http" not in page
 
 
@@ -115,7 +129,16 @@ def test_ordinal_cohort_is_judged_by_kappa_and_the_leak_is_repeated(tmp_path, ma
     cohort = make_cohort(tmp_path / "real", ordinal=True)
     leak = {"accuracy": 0.9, "balanced_accuracy": 0.9, "chance": 0.33, "n": 9, "warning": "Patients <cross> the split."}
     write_cohort(replace(cohort, notes={"leak": leak}), tmp_path / "real")
-    result = grade(tmp_path / "real", tmp_path / "out", ["none", "crop_rotate"], ["simple_cnn"], [5], "tiny", overrides={"num_steps": 4}, num_resamples=50)
+    result = grade(
+        tmp_path / "real",
+        tmp_path / "out",
+        ["none", "crop_rotate"],
+        ["simple_cnn"],
+        [5],
+        "tiny",
+        overrides={"num_steps": 4},
+        num_resamples=50,
+    )
     assert result["verdict"]["crop_rotate"]["metric"] == "quadratic_kappa"
     assert result["verdict"]["crop_rotate"]["warnings"][0] == leak["warning"]
     assert "Patients &lt;cross&gt; the split." in (tmp_path / "out" / "report.html").read_text()

@@ -39,7 +39,9 @@ def test_metrics_equal_scikit_learn(seed, num_classes, decimals):
     assert ours["confusion"] == reference.confusion_matrix(target, preds, labels=range(num_classes)).tolist()
     one_vs_rest = [reference.roc_auc_score(target == index, probs[:, index]) for index in range(num_classes)]
     assert ours["auc"] == pytest.approx(one_vs_rest[1] if num_classes == 2 else np.mean(one_vs_rest))
-    precision, recall, f1, support = reference.precision_recall_fscore_support(target, preds, labels=range(num_classes), zero_division=np.nan)
+    precision, recall, f1, support = reference.precision_recall_fscore_support(
+        target, preds, labels=range(num_classes), zero_division=np.nan
+    )
     assert [row["support"] for row in ours["per_class"]] == support.tolist()
     assert [row["recall"] for row in ours["per_class"]] == pytest.approx(recall.tolist())
     for row, expected in zip(ours["per_class"], precision, strict=True):
@@ -91,7 +93,9 @@ def test_bootstrap_equals_resampling_the_cases_themselves(metric):
     groups = np.array([f"g{index % 9}" for index in range(24)])
     names = np.unique(groups)
     scores = statistics.bootstrap_scores(target, groups, np.stack([probs_a, probs_b]), metric, num_resamples=5, seed=3)
-    draws = statistics.numpy_generator("bootstrap", 3, len(names)).multinomial(len(names), np.full(len(names), 1 / len(names)), size=5)
+    draws = statistics.numpy_generator("bootstrap", 3, len(names)).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=5
+    )
     for draw, score in zip(draws, scores[1:], strict=True):
         cases = np.concatenate([np.tile(np.flatnonzero(groups == name), count) for name, count in zip(names, draw, strict=True)])
         singles = []
@@ -108,7 +112,8 @@ def test_bootstrap_is_decided_by_its_seed_and_antisymmetric():
     probs_b = predictions(1, decimals=0)[1] + 0.01 * predictions(5)[1]
     groups = [str(index // 3) for index in range(len(target))]
     first, again, other = (
-        statistics.paired_bootstrap(target, groups, probs_a[None], probs_b[None], "auc", num_resamples=300, seed=seed) for seed in (0, 0, 1)
+        statistics.paired_bootstrap(target, groups, probs_a[None], probs_b[None], "auc", num_resamples=300, seed=seed)
+        for seed in (0, 0, 1)
     )
     back = statistics.paired_bootstrap(target, groups, probs_b[None], probs_a[None], "auc", num_resamples=300, seed=0)
     assert first == again and first != other
@@ -122,7 +127,9 @@ def test_interval_of_a_mean_matches_the_normal_theory():
     target = np.zeros(400, int)
     probs_a, probs_b = np.zeros((400, 2)), np.tile([0.0, 1.0], (400, 1))
     probs_a[np.arange(400), np.where(correct, 0, 1)] = 1
-    result = statistics.paired_bootstrap(target, [str(i) for i in range(400)], probs_a[None], probs_b[None], "accuracy", num_resamples=4000)
+    result = statistics.paired_bootstrap(
+        target, [str(i) for i in range(400)], probs_a[None], probs_b[None], "accuracy", num_resamples=4000
+    )
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
     assert result.difference == 0.75
     assert (result.low, result.high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.005)  # Monte Carlo of 4000 draws
@@ -134,9 +141,13 @@ def test_groups_widen_the_interval():
     target, probs_a = predictions(3, num_cases=40)
     probs_b = predictions(4, num_cases=40)[1]
     copies = [np.repeat(values, 5, axis=0) for values in (target, probs_a, probs_b)]
-    grouped = statistics.paired_bootstrap(copies[0], np.repeat(np.arange(40), 5), copies[1][None], copies[2][None], "accuracy", num_resamples=2000)
+    grouped = statistics.paired_bootstrap(
+        copies[0], np.repeat(np.arange(40), 5), copies[1][None], copies[2][None], "accuracy", num_resamples=2000
+    )
     alone = statistics.paired_bootstrap(target, np.arange(40), probs_a[None], probs_b[None], "accuracy", num_resamples=2000)
-    naive = statistics.paired_bootstrap(copies[0], np.arange(200), copies[1][None], copies[2][None], "accuracy", num_resamples=2000)
+    naive = statistics.paired_bootstrap(
+        copies[0], np.arange(200), copies[1][None], copies[2][None], "accuracy", num_resamples=2000
+    )
     assert (grouped.low, grouped.high) == pytest.approx((alone.low, alone.high))
     assert naive.high - naive.low < 0.6 * (grouped.high - grouped.low)
 
@@ -158,7 +169,9 @@ def test_chunks_do_not_change_the_draws(monkeypatch):
 
 
 def test_holm_by_hand():
-    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
+    )
     assert statistics.holm({}) == {}
 
 

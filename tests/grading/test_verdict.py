@@ -19,7 +19,9 @@ def probabilities(target, accuracy, seed):
 def planted(arms, networks=("simple_cnn", "resnet18"), num_seeds=3, groups=None):
     target = np.arange(NUM_CASES) % NUM_CLASSES
     probs = {
-        (arm, network): np.stack([probabilities(target, accuracy, (sum(map(ord, arm)), place, seed)) for seed in range(num_seeds)])
+        (arm, network): np.stack(
+            [probabilities(target, accuracy, (sum(map(ord, arm)), place, seed)) for seed in range(num_seeds)]
+        )
         for arm, accuracy in arms.items()
         for place, network in enumerate(networks)
     }
@@ -29,7 +31,11 @@ def planted(arms, networks=("simple_cnn", "resnet18"), num_seeds=3, groups=None)
 
 def test_a_planted_effect_is_found_in_its_direction():
     verdicts = judge(planted({"none": 0.7, "oversample": 0.7, "good": 0.85, "bad": 0.5}), ordinal=False, num_resamples=2000)
-    assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {"oversample": "no evidence", "good": "helps", "bad": "harms"}
+    assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {
+        "oversample": "no evidence",
+        "good": "helps",
+        "bad": "harms",
+    }
     good = verdicts["good"]
     assert good["against_none"]["difference"] == pytest.approx(0.15, abs=0.04)  # 1440 draws, each within sqrt(.2/1440)
     assert good["against_none"]["low"] > 0 and good["against_control"]["low"] > 0
@@ -67,7 +73,7 @@ def test_identical_arm_is_no_evidence_with_p_one():
 
 def test_warnings_repeat_the_leak_and_name_what_is_missing():
     predictions = planted({"none": 0.7, "x": 0.7}, groups=[f"g{index % 5}" for index in range(NUM_CASES)])
-    notes = judge(predictions, ordinal=False, leak_warning="Patients cross the split.", num_resamples=50)["x"]["warnings"]
+    notes = judge(predictions, ordinal=False, notes=["Patients cross the split."], num_resamples=50)["x"]["warnings"]
     assert notes[0] == "Patients cross the split."
     assert any("5 groups" in note for note in notes) and any("--arm oversample" in note for note in notes)
 

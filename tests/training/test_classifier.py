@@ -10,7 +10,15 @@ from torch.utils.data import Dataset
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
 from medaug.training import classifier
-from medaug.training.classifier import ClassifierRecipe, LabelledImages, confusion_counts, fit_classifier, macro_f1, predict_logits, seeded
+from medaug.training.classifier import (
+    ClassifierRecipe,
+    LabelledImages,
+    confusion_counts,
+    fit_classifier,
+    macro_f1,
+    predict_logits,
+    seeded,
+)
 
 
 class Stripes(Dataset):
@@ -33,7 +41,9 @@ class Stripes(Dataset):
 
 def small_network(*key: object) -> nn.Module:
     with seeded(*key):
-        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, 2))
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, 2)
+        )
 
 
 def fit(key=("k", 0), policy="weak", **options):
@@ -64,7 +74,9 @@ def test_same_key_same_weights_whatever_the_global_state():
     assert not torch.equal(first[0].weight, third[0].weight)
 
 
-@pytest.mark.parametrize("option", [{"policy": "none"}, {"batch_size": 12}, {"class_balanced": True, "label_smoothing": 0.1}, {"learning_rate": 0.01}])
+@pytest.mark.parametrize(
+    "option", [{"policy": "none"}, {"batch_size": 12}, {"class_balanced": True, "label_smoothing": 0.1}, {"learning_rate": 0.01}]
+)
 def test_options_are_not_silently_ignored(option):
     assert not torch.equal(fit()[0][0].weight, fit(**option)[0][0].weight)
 
@@ -128,7 +140,12 @@ def test_best_weights_win_and_ties_go_to_the_later(monkeypatch):
     network = small_network("a")
     recipe = ClassifierRecipe(num_steps=8, batch_size=4, evaluate_every=2)
     result = fit_classifier(
-        network, Stripes(12), Stripes(6), recipe, key=("a",), on_eval=lambda entry: seen.append((entry["step"], network[0].weight.detach().clone()))
+        network,
+        Stripes(12),
+        Stripes(6),
+        recipe,
+        key=("a",),
+        on_eval=lambda entry: seen.append((entry["step"], network[0].weight.detach().clone())),
     )
     assert result.best_step == 6 and [step for step, _ in seen] == [2, 4, 6, 8]
     assert torch.equal(network[0].weight, seen[2][1]) and not torch.equal(network[0].weight, seen[3][1])

@@ -68,7 +68,12 @@ def test_weak_shifts_by_whole_pixels_and_never_mirrors():
     shifts = set()
     for before, after in zip(x, y, strict=True):
         inner = before[:, 10:40, 10:40]
-        found = [(dy, dx) for dy in range(-3, 4) for dx in range(-3, 4) if torch.equal(after[:, 10 - dy : 40 - dy, 10 - dx : 40 - dx], inner)]
+        found = [
+            (dy, dx)
+            for dy in range(-3, 4)
+            for dx in range(-3, 4)
+            if torch.equal(after[:, 10 - dy : 40 - dy, 10 - dx : 40 - dx], inner)
+        ]
         assert len(found) == 1
         shifts.add(found[0])
     assert len(shifts) > 20

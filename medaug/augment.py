@@ -1,0 +1,158 @@
+"""The main job: train, generate until the gate has accepted enough, grade. Every stage resumes where it stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medaug import storage
+from medaug.cohort import Cohort, read_cohort
+from medaug.generation.plan import quotas
+from medaug.quality.gate import GateResult
+from medaug.stages import gate_synthetic, grade_arms, take_in
+from medaug.workflow import load_config, run_stage, split_overrides
+
+ARMS = ("none", "crop_rotate", "oversample")
+DEFAULTS: dict[str, Any] = {
+    "gate_threshold": 0.8,  # least confidence of the pseudo-label
+    "max_attempts": 5.0,  # images generated per image wanted, at most
+    "first_attempts": 1.5,
+    "allow_short": False,
+    "grading_profile": "paper",
+    "networks": ["simple_cnn", "resnet18"],
+    "seeds": 3,
+}
+
+
+def run_augment(
+    bundle: str,
+    cohort_dir: Path,
+    out: Path,
+    *,
+    profile: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    allow_short: bool | None = None,
+    seed: int = 0,
+    tracking: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a bundle, generate and gate until every class has its quota, grade the accepted images against real-only arms.
+
+    Args:
+        bundle: name or folder.
+        cohort_dir: real cohort.
+        out: folder of the job: run/, synthetic/, accepted/, benchmark/, augment.json.
+        profile: overlay for all stages; its section ``augment`` overrides `DEFAULTS`.
+        overrides: configuration ids of any stage, and ``augment#...``.
+        allow_short: True goes on when a class misses its quota; None leaves it to the profile.
+        seed: of every stage.
+        tracking: keyword arguments of `medaug.tracking.track`.
+
+    Returns:
+        {"rows", "verdict", "accepted", "acceptance", "weights_sha256"}.
+
+    Raises:
+        DataError: a class missed its quota (code `quota-missed`).  LeakageError, ConfigError, StorageError: see the stages.
+    """
+    tracking = dict(tracking or {"enabled": False})
+    settings, stage_overrides = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
+    if allow_short is not None:
+        settings["allow_short"] = allow_short
+    out = Path(out)
+    with storage.locked(out):
+        cohort = read_cohort(cohort_dir)
+        common = {"dataset_dir": str(cohort_dir), "seed": seed, "tracking": tracking}
+        record = run_stage(bundle, "training", profile, stage_overrides["training"] | common | {"output_dir": str(out / "run")})
+        generating = stage_overrides["generating"] | common | {"run_dir": str(out / "run"), "output_dir": str(out / "synthetic")}
+        gated = _generate_until_enough(bundle, profile, generating, cohort, cohort_dir, out, settings, seed, tracking)
+        result = grade_arms(
+            cohort_dir,
+            out / "benchmark",
+            [*ARMS, f"{Path(bundle).name}={out / 'accepted'}"],
+            networks=settings["networks"],
+            seeds=settings["seeds"],
+            profile=settings["grading_profile"],
+            command=f"medaug augment {Path(bundle).name} --profile {Path(profile).name if profile else 'none'} --seed {seed}",
+            tracking=tracking,
+        )
+        summary = {
+            "rows": result["rows"],
+            "verdict": result["verdict"],
+            "accepted": len(gated.accepted.training),
+            "acceptance": gated.per_class,
+            "filter": dict(gated.filter_metrics),
+            "weights_sha256": record.weights_sha256,
+        }
+        storage.write_json(out / "augment.json", summary)
+        return summary
+
+
+def _generate_until_enough(
+    bundle: str,
+    profile: str | None,
+    generating: dict[str, Any],
+    cohort: Cohort,
+    cohort_dir: Path,
+    out: Path,
+    settings: Mapping[str, Any],
+    seed: int,
+    tracking: Mapping[str, Any],
+) -> GateResult:
+    """Generate more of the classes whose accepted images fall short, up to `max_attempts` per image wanted."""
+    config = load_config(bundle, "generating", profile) | generating
+    quota = config["counts"] or quotas(cohort, config["synthetic_per_real"], config["allocation"], config["fixed"])
+    most = [math.ceil(settings["max_attempts"] * count) for count in quota]
+    counts = [min(limit, math.ceil(settings["first_attempts"] * count)) for count, limit in zip(quota, most, strict=True)]
+    while True:
+        run_stage(bundle, "generating", profile, generating | {"counts": counts})
+        last = all(count == limit for count, limit in zip(counts, most, strict=True))
+        gated = gate_synthetic(
+            out / "synthetic",
+            cohort_dir,
+            out / "accepted",
+            threshold=settings["gate_threshold"],
+            profile=settings["grading_profile"],
+            seed=seed,
+            quota=quota,
+            filter_dir=out / "filter",
+            allow_short=settings["allow_short"] or not last,
+            tracking=tracking,
+        )
+        more = [next_count(row["accepted"], made, want, limit) for row, made, want, limit in zip(gated.per_class, counts, quota, most, strict=True)]
+        if last or more == counts:
+            return gated
+        counts = more
+
+
+def next_count(accepted: int, made: int, wanted: int, limit: int) -> int:
+    """How many images of a class to have made in all, after `accepted` of `made` passed and `wanted` are needed.
+
+    The share that passed is taken as a forecast with a margin of a tenth; a class with none goes straight to the limit.
+    """
+    if accepted >= wanted:
+        return made
+    if accepted == 0:
+        return limit
+    return min(limit, made + max(1, math.ceil(1.1 * (wanted - accepted) * made / accepted)))
+
+
+def run_quickstart(out: Path, *, seed: int = 0, tracking: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Draw a phantom export, take it in, and run the main job on it with the profile `quickstart`.
+
+    Args:
+        out: folder: export/, cohort/, job/.
+        seed: of every stage.
+        tracking: keyword arguments of `medaug.tracking.track`.
+    """
+    from medaug.intake.records import IntakeOptions
+    from medaug.phantom import write_phantom_export
+
+    out = Path(out)
+    table = write_phantom_export(out / "export", seed=seed)
+    options = IntakeOptions(
+        source=out / "export", out=out / "cohort", labels=table, key="sop", label_column="grade", image_size=32, name="phantom chest CT", seed=seed
+    )
+    take_in(options, tracking=tracking)
+    return run_augment("guided_ddpm", out / "cohort", out / "job", profile="quickstart", seed=seed, tracking=tracking)
+

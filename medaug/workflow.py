@@ -1,0 +1,158 @@
+"""Bundles from Python: the same YAML that ``python -m monai.bundle run`` executes, with profiles and overrides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medaug import assets
+from medaug.errors import ConfigError, MedaugError
+
+STAGES = {"training": "train.yaml", "generating": "inference.yaml", "evaluating": "evaluate.yaml"}
+PROFILE_SECTIONS = ("augment",)  # read by `medaug augment`, not by a bundle
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["batch_size=4", "network_settings#class_conditional=true"]`` as a dict; values are YAML.
+
+    Raises:
+        ConfigError: an entry without "=", or a value that is not YAML.
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError("override-malformed", f"--set takes KEY=VALUE, got {pair!r}.")
+        try:
+            parsed[key.strip().replace("::", "#")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError("override-malformed", f"The value of --set {key} is not YAML.") from error
+    return parsed
+
+
+def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str, Any]:
+    """The config of one stage of a bundle with a profile laid over it.
+
+    Args:
+        bundle: name of a bundle, or a folder.
+        stage: "training", "generating" or "evaluating".
+        profile: name of a profile, or a YAML file; None for the bundle's own values.
+
+    Raises:
+        ConfigError: unknown bundle or profile; a file that is not a YAML mapping; a profile key that no stage knows.
+    """
+    root = assets.bundle_root(bundle)
+    config = read_yaml(root / "configs" / STAGES[stage])
+    if profile is not None:
+        overlay = read_yaml(assets.profile_path(profile))
+        known = set(PROFILE_SECTIONS).union(*(read_yaml(root / "configs" / name) for name in STAGES.values() if (root / "configs" / name).is_file()))
+        for key in overlay:
+            if key.lstrip("+") not in known:
+                raise _unknown(f"Profile key {key!r}", key, known)
+        config |= {key: value for key, value in overlay.items() if key in config}
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; duplicate keys are refused.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, or a key twice.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config-missing", f"The configuration {path.name} cannot be read.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("config-malformed", f"{path.name} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict):
+        raise ConfigError("config-malformed", f"{path.name} must hold keys and values, got {type(content).__name__}.")
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(sorted(twice))}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Run one stage of a bundle in this process and return what its last expression returned.
+
+    Args:
+        bundle, stage, profile: see `load_config`.
+        overrides: id ("a" or "a#b") -> value; the id must exist.
+
+    Raises:
+        ConfigError: an unknown id.  MedaugError: whatever the stage raises, without MONAI's wrapping.
+    """
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(load_config(bundle, stage, profile))
+    for key, value in (overrides or {}).items():
+        if key not in parser:
+            raise _unknown(f"Configuration key {key!r}", key, {str(name) for name in parser.get()})
+        parser[key] = value
+    try:
+        parser.parse()
+        results = parser.get_parsed_content(stage)
+    except (RuntimeError, ValueError, KeyError) as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        raise own from error
+    return results[-1]
+
+
+def split_overrides(
+    bundle: str, profile: str | None, overrides: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Sort the overrides of a job that runs several stages.
+
+    Args:
+        bundle, profile: see `load_config`.
+        overrides: ids of any stage; ``augment#KEY`` for the job itself.
+        defaults: the job's settings, overridden by the profile's section ``augment`` and then by `overrides`.
+
+    Returns:
+        (the job's settings, stage -> its overrides).
+
+    Raises:
+        ConfigError: an id that neither the job nor any stage knows.
+    """
+    section = (read_yaml(assets.profile_path(profile)).get("augment") or {}) if profile is not None else {}
+    own = {key.removeprefix("augment#"): value for key, value in overrides.items() if key.startswith("augment#")}
+    settings = {**defaults, **section, **own}
+    for key in settings:
+        if key not in defaults:
+            raise _unknown(f"Setting augment#{key}", key, set(defaults))
+    rest = {key: value for key, value in overrides.items() if not key.startswith("augment#")}
+    configs = {stage: load_config(bundle, stage, profile) for stage in ("training", "generating")}
+    for key in rest:
+        if all(key.split("#")[0] not in config for config in configs.values()):
+            raise _unknown(f"Configuration key {key!r}", key, set().union(*configs.values()))
+    return settings, {stage: {k: v for k, v in rest.items() if k.split("#")[0] in config} for stage, config in configs.items()}
+
+
+def own_error(error: BaseException | None) -> MedaugError | None:
+    """The medaug error inside a chain of exceptions: MONAI wraps what a config component raises."""
+    while error is not None:
+        if isinstance(error, MedaugError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _unknown(what: str, key: str, known: set[str]) -> ConfigError:
+    near = difflib.get_close_matches(key.split("#")[0], known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known keys are {', '.join(sorted(known))}."
+    return ConfigError("config-key-unknown", f"{what} is not known; {hint}")
