@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ ARMS = ("none", "crop_rotate", "oversample")
 DEFAULTS: dict[str, Any] = {
     "gate_threshold": 0.8,  # least confidence of the pseudo-label
     "max_attempts": 5.0,  # images generated per image wanted, at most
-    "first_attempts": 1.5,
-    "allow_short": False,
+    "first_attempts": 1.5,  # images generated per image wanted before the first look at the gate
+    "allow_short": False,  # go on when a class misses its quota
+    "filter": {},  # fields of the filter's recipe
     "grading_profile": "paper",
     "networks": ["simple_cnn", "resnet18"],
     "seeds": 3,
@@ -80,8 +82,8 @@ def run_augment(
             "rows": result["rows"],
             "verdict": result["verdict"],
             "accepted": len(gated.accepted.training),
-            "acceptance": gated.per_class,
-            "filter": dict(gated.filter_metrics),
+            "acceptance": [asdict(entry) for entry in gated.acceptance],
+            "short": gated.short,
             "weights_sha256": record.weights_sha256,
         }
         storage.write_json(out / "augment.json", summary)
@@ -112,14 +114,15 @@ def _generate_until_enough(
             cohort_dir,
             out / "accepted",
             threshold=settings["gate_threshold"],
-            profile=settings["grading_profile"],
+            filter_recipe=settings["filter"],
             seed=seed,
-            quota=quota,
+            quotas=quota,
             filter_dir=out / "filter",
             allow_short=settings["allow_short"] or not last,
             tracking=tracking,
         )
-        more = [next_count(row["accepted"], made, want, limit) for row, made, want, limit in zip(gated.per_class, counts, quota, most, strict=True)]
+        accepted = [entry.accepted for entry in gated.acceptance]
+        more = [next_count(*numbers) for numbers in zip(accepted, counts, quota, most, strict=True)]
         if last or more == counts:
             return gated
         counts = more

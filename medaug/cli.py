@@ -16,8 +16,11 @@ from medaug import __version__
 from medaug.errors import ConfigError, MedaugError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-bundles_app = typer.Typer(no_args_is_help=False, help="List the bundles, or copy one to edit it.", invoke_without_command=True)
+bundles_app = typer.Typer(no_args_is_help=False, invoke_without_command=True)
 app.add_typer(bundles_app, name="bundles")
+
+EXIT_INTERRUPTED = 130
+INTERRUPTED = "Stopped; run the same command again to go on.\n"
 
 CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort folder made by `medaug intake`.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Output folder; run again with the same arguments to go on.")]
@@ -40,6 +43,13 @@ def _numbers(text: str, count: int, option: str) -> tuple[float, ...]:
     if len(values) != count:
         raise ConfigError("option-malformed", f"{option} takes {count} numbers separated by commas, got {text!r}.")
     return values
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError("option-malformed", f"--counts takes whole numbers separated by commas, got {text!r}.")
+    return [int(part) for part in parts]
 
 
 def _tracking(uri: str | None) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def generate(
     if allocation is not None:
         overrides["allocation"] = allocation
     if counts is not None:
-        overrides["counts"] = [int(value) for value in _numbers(counts, counts.count(",") + 1, "--counts")]
+        overrides["counts"] = _counts(counts)
     made = run_stage(bundle, "generating", profile, overrides | parse_overrides(settings or []))
     per_class = dict(zip(made.classes, made.class_counts("training"), strict=True))
     summary = {"out": out.name, "cases": len(made.training), "per_class": per_class, "content_sha256": made.content_sha256}
@@ -181,7 +191,7 @@ def gate(
     out: OutOption,
     checks: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label.")] = 0.8,
-    profile: Annotated[str, typer.Option("--profile", help="Recipe of the filter network.")] = "cpu32",
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Do not fail when a class has no accepted image.")] = False,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
@@ -192,8 +202,13 @@ def gate(
     """
     from medaug.stages import gate_synthetic
 
-    result = gate_synthetic(synthetic, cohort, out, checks=checks, threshold=threshold, profile=profile, seed=seed, tracking=_tracking(tracking_uri))
-    _show(result.summary(), as_json, result.sentence())
+    names = None if checks is None else [name.strip() for name in checks.split(",")]
+    tracking = _tracking(tracking_uri)
+    result = gate_synthetic(
+        synthetic, cohort, out, checks=names, threshold=threshold, seed=seed, allow_short=allow_short, tracking=tracking
+    )
+    lines = [f"{entry.name}: {entry.accepted} of {entry.generated} accepted" for entry in result.acceptance]
+    _show(result.summary, as_json, "\n".join([*lines, f"Report: {out / 'report.html'}"]))
 
 
 @app.command()
@@ -320,9 +335,13 @@ def main(run: Callable[[], Any] = app) -> None:
         run()
     except MedaugError as error:
         _fail(error)
+    except SystemExit as stop:  # typer has turned Ctrl-C into an exit of its own
+        if stop.code == EXIT_INTERRUPTED:
+            sys.stderr.write(INTERRUPTED)
+        raise
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped; run the same command again to go on.\n")
-        sys.exit(130)
+        sys.stderr.write(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         os._exit(0)
 

@@ -232,9 +232,11 @@ def check_against(synthetic: Cohort, real: Cohort, *, allow_untrusted: bool = Fa
             f"synthetic has {list(synthetic.classes)}, {synthetic.image_size} px, {synthetic.channels}.",
         )
     held_out = real.groups("validation") | real.groups("test")
-    inherited = {case.group for case in synthetic.training if case.is_synthetic} & held_out
+    inherited = {case.group for case in synthetic.training} & held_out
+    home = {case.id: case.group for case in real.validation + real.test}
+    inherited |= {home[reference] for case in synthetic.training if (reference := (case.lineage or {}).get("reference")) in home}
     if inherited:
-        raise LeakageError("reference-held-out", f"Synthetic cases were made from validation or test groups ({_some(inherited)}); generate from training images.")
+        raise LeakageError("reference-held-out", f"Cases to train on are, or were made from, validation or test groups ({_some(inherited)}); generate from training images.")
     check_fit(synthetic.fit_on, held_out)
     known = real.groups("training")
     for case in synthetic.training:
@@ -336,11 +338,21 @@ def _case_to_json(case: Case) -> dict[str, Any]:
     return row
 
 
+def _case_from_json(row: Mapping[str, Any]) -> Case:
+    case = Case(**row)
+    texts = (case.id, case.image, case.group, case.source, case.patient, case.name)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(case.acquisition, Mapping):
+        raise TypeError("a case holds text for id, image, group, source, patient and name")
+    if case.lineage is not None and not isinstance(case.lineage, Mapping):
+        raise TypeError("the lineage of a case holds names and values")
+    return case
+
+
 def _from_json(data: Any, root: Path) -> Cohort:
     try:
         if data["format"] != FORMAT:
             raise DataError("cohort-format", f"{FILE_NAME} has format {data['format']!r}, this medaug reads {FORMAT}; use the matching release.")
-        splits = {split: tuple(Case(**row) for row in data.get(split, [])) for split in SPLITS}
+        splits = {split: tuple(_case_from_json(row) for row in data.get(split, [])) for split in SPLITS}
         return Cohort(
             name=str(data["name"]),
             modality=str(data["modality"]),

@@ -30,8 +30,8 @@ NUM_GRADES = 4
 TABLE_COLUMNS = ("sop", "patient_id", "grade")
 RESCALE_INTERCEPT = -1024
 AIR, FAT, MUSCLE, BLOOD, LUNG, TRACHEA = -1000.0, -100.0, 50.0, 45.0, -860.0, -1000.0
-_NODULE_COUNT = ((0, 0), (1, 2), (2, 3), (3, 5))  # per grade, both ends included
-_NODULE_RADIUS = ((0.0, 0.0), (0.062, 0.090), (0.070, 0.105), (0.080, 0.130))  # 4 to 9 pixels of 128
+_NODULE_COUNT = ((0, 0), (1, 1), (3, 3), (5, 6))  # per grade, both ends included
+_NODULE_RADIUS = ((0.0, 0.0), (0.095, 0.115), (0.090, 0.115), (0.100, 0.135))  # 6 to 9 pixels of 128
 _SPICULATION = ((0.0, 0.0), (0.0, 0.25), (0.3, 0.65), (0.65, 1.0))
 
 
@@ -101,7 +101,9 @@ def draw_cohort(num_patients: int = 120, size: int = 128, seed: int = 0) -> Iter
         ConfigError: a number is too small.
     """
     if num_patients < 1 or size < 32:
-        raise ConfigError("phantom-invalid", f"A phantom cohort needs at least 1 patient and 32 pixels, got {num_patients} and {size}.")
+        raise ConfigError(
+            "phantom-invalid", f"A phantom cohort needs at least 1 patient and 32 pixels, got {num_patients} and {size}."
+        )
     grades = numpy_generator("phantom grades", seed).permutation(np.arange(num_patients) % NUM_GRADES)
     for patient, grade in enumerate(grades, start=1):
         yield from draw_patient(patient, int(grade), size, seed)
@@ -124,7 +126,7 @@ def draw_patient(patient: int, grade: int, size: int, seed: int) -> Iterator[Pha
 def _draw_anatomy(key: tuple[object, ...]) -> Anatomy:
     random = numpy_generator(*key, "anatomy")
     between = random.uniform
-    half_width = between(0.78, 0.92)
+    half_width = between(0.88, 0.95)
     warp = np.column_stack(
         [random.normal(0, 0.010, 4), random.uniform(0, 6.28, 4), random.normal(0, 0.010, 4), random.uniform(0, 6.28, 4)]
         + [random.uniform(-4, 4, 4), random.uniform(-4, 4, 4)]
@@ -132,12 +134,12 @@ def _draw_anatomy(key: tuple[object, ...]) -> Anatomy:
     return Anatomy(
         key=key,
         half_width=half_width,
-        half_height=half_width * between(0.68, 0.82),
-        fat=between(0.025, 0.10),
-        wall=between(0.07, 0.11),
-        level=between(0.25, 0.85),
+        half_height=half_width * between(0.72, 0.82),
+        fat=between(0.025, 0.09),
+        wall=between(0.07, 0.10),
+        level=between(0.25, 0.76),
         blood=BLOOD + (between(40, 130) if random.random() < 0.5 else 0.0),  # half of them with contrast agent
-        heart=between(0.8, 1.15),
+        heart=between(0.75, 1.05),
         bone=between(0.8, 1.2),
         lung=LUNG + between(-35, 45),
         noise=between(12, 26),
@@ -168,7 +170,11 @@ class _Grid:
         """Signed distance (first order) to a turned superellipse."""
         cos, sin = np.cos(angle), np.sin(angle)
         dx, dy = self.x - x, self.y - y
-        u, v = np.abs(dx * cos + dy * sin) / rx, np.abs(dy * cos - dx * sin) / ry
+        u, v = (dx * cos + dy * sin) / rx, (dy * cos - dx * sin) / ry
+        if power == 2:  # most shapes; the general case costs five times as much
+            value = np.sqrt(u * u + v * v)
+            return (value - 1) * value / np.maximum(np.sqrt((u / rx) ** 2 + (v / ry) ** 2), 1e-6)
+        u, v = np.abs(u), np.abs(v)
         value = (u**power + v**power + 1e-9) ** (1 / power)
         slope = value ** (1 - power) * np.hypot(u ** (power - 1) / rx, v ** (power - 1) / ry)
         return (value - 1) / np.maximum(slope, 1e-6)
@@ -180,7 +186,9 @@ class _Grid:
         high = [max(int((centre + reach + 1) / self.pixel) + 1, 0) for centre in (y, x)]
         return slice(low[0], high[0]), slice(low[1], high[1])
 
-    def stroke(self, start: np.ndarray, end: np.ndarray, radius: float, end_radius: float) -> tuple[tuple[slice, slice], np.ndarray]:
+    def stroke(
+        self, start: np.ndarray, end: np.ndarray, radius: float, end_radius: float
+    ) -> tuple[tuple[slice, slice], np.ndarray]:
         """Window and cover of a tapered line; thinner than a pixel it fades instead of vanishing."""
         middle, along = (start + end) / 2, end - start
         length = float(np.hypot(*along))
@@ -246,7 +254,7 @@ def _draw_nodules(anatomy: Anatomy, grade: int) -> list[Nodule]:
     nodules: list[Nodule] = []
     for number in range(int(random.integers(_NODULE_COUNT[grade][0], _NODULE_COUNT[grade][1], endpoint=True))):
         radius = random.uniform(*_NODULE_RADIUS[grade])
-        free = lung < -0.55 * radius
+        free = lung < -0.85 * radius
         for other in nodules:
             free &= np.hypot(grid.x - other.x, grid.y - other.y) > 1.1 * (radius + other.radius)
         rows, columns = np.nonzero(free)
@@ -255,7 +263,7 @@ def _draw_nodules(anatomy: Anatomy, grade: int) -> list[Nodule]:
         pick = int(random.integers(len(rows)))
         centre = float(grid.x[rows[pick], columns[pick]]), float(grid.y[rows[pick], columns[pick]])
         spiculation = random.uniform(*_SPICULATION[grade])
-        nodules.append(Nodule(*centre, radius, random.uniform(-140, 60), spiculation, number))
+        nodules.append(Nodule(*centre, radius, random.uniform(-20, 80), spiculation, number))
     return nodules
 
 
@@ -303,7 +311,11 @@ def _draw_mediastinum(image: np.ndarray, anatomy: Anatomy, grid: _Grid) -> None:
     mixed = MUSCLE - 140 * anatomy.mediastinal_fat
     _blend(image, grid.cover(grid.ellipse(0, 0, a, b, power=2.35)), mixed)
     if anatomy.level > 0.74:
-        _blend(image, grid.cover(grid.ellipse(-0.52 * a, 0.0, 0.05 + 0.9 * (anatomy.level - 0.62), 0.9 * (anatomy.level - 0.58))), 60.0)
+        _blend(
+            image,
+            grid.cover(grid.ellipse(-0.52 * a, 0.0, 0.05 + 0.9 * (anatomy.level - 0.62), 0.9 * (anatomy.level - 0.58))),
+            60.0,
+        )
     organs = [(x, y, rx - 0.03, ry - 0.03, angle, anatomy.blood)] if anatomy.level > 0.45 else []
     organs += [
         (0.02, -0.40 * b, 0.075, 0.075, 0.0, anatomy.blood),  # ascending aorta
@@ -320,10 +332,10 @@ def _draw_mediastinum(image: np.ndarray, anatomy: Anatomy, grid: _Grid) -> None:
 
 
 def _draw_airways(image: np.ndarray, anatomy: Anatomy, grid: _Grid) -> None:
-    """The trachea above the carina, two main bronchi below, lower ones smaller and further apart."""
+    """The trachea above the carina, two main bronchi below it, none at the level of the heart."""
     y, low = _spine_y(anatomy) - 0.22, anatomy.level - 0.45
     tubes = [(0.0, 0.055)] if low < 0 else [(side * (0.07 + 0.40 * low), 0.042 - 0.06 * low) for side in (-1, 1)]
-    for x, radius in tubes:
+    for x, radius in tubes if low < 0.08 else []:
         _blend(image, grid.cover(grid.ellipse(x, y, radius + 0.012, 1.05 * radius + 0.012)), 20.0)
         _blend(image, grid.cover(grid.ellipse(x, y, radius, 1.05 * radius)), TRACHEA)
 
@@ -335,7 +347,7 @@ def _draw_lungs(image: np.ndarray, anatomy: Anatomy, grid: _Grid, lung: np.ndarr
     for side in (-1, 1):
         for window, cover in _vessels(anatomy, grid, side, step):
             np.maximum(vessels[window], cover, out=vessels[window])
-    tissue = texture + vessels * (anatomy.blood - 20 - texture)
+    tissue = texture + vessels * (anatomy.blood - 120 - texture)
     _blend(image, grid.cover(lung, soft=1.4), tissue)
 
 
@@ -346,7 +358,7 @@ def _vessels(anatomy: Anatomy, grid: _Grid, side: int, step: int) -> Iterator[tu
     hilum = np.array([side * (0.20 + 0.05 * (side > 0)), 0.02])
     turn = 0.04 * step
     branches = [
-        (hilum, angle + turn + random.normal(0, 0.2), random.uniform(0.12, 0.24), random.uniform(0.010, 0.022), 0)
+        (hilum, angle + turn + random.normal(0, 0.2), random.uniform(0.12, 0.24), random.uniform(0.007, 0.015), 0)
         for angle in np.linspace(-1.3, 1.4, 5)
     ]
     while branches:
@@ -361,7 +373,7 @@ def _vessels(anatomy: Anatomy, grid: _Grid, side: int, step: int) -> Iterator[tu
     for _ in range(26):
         point = np.array([side * random.uniform(0.15, 1.0) * a, random.uniform(-0.9, 0.9) * b]) + 0.01 * step
         along = random.normal(0, 0.012, 2)
-        radius = random.uniform(0.003, 0.014)
+        radius = random.uniform(0.003, 0.009)
         yield grid.stroke(point, point + along, radius, radius)
 
 
@@ -403,7 +415,9 @@ def _draw_nodule(image: np.ndarray, anatomy: Anatomy, nodule: Nodule, grid: _Gri
     angle, spread = np.arctan2(dy, dx), nodule.spiculation
     waves = sum(np.cos(order * angle + random.uniform(0, 6.28)) / order for order in (2, 3, 5))
     edge = nodule.radius * (1 + (0.05 + 0.12 * spread) * waves)
-    cover = np.maximum(grid.cover(np.hypot(dx, dy) - edge, soft=1.5), 0.25 * spread * grid.cover(np.hypot(dx, dy) - 1.5 * edge, soft=8))
+    cover = np.maximum(
+        grid.cover(np.hypot(dx, dy) - edge, soft=1.5), 0.25 * spread * grid.cover(np.hypot(dx, dy) - 1.5 * edge, soft=8)
+    )
     layer = np.zeros_like(image)
     layer[window] = cover
     centre = np.array([nodule.x, nodule.y])

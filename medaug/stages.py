@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medaug import storage
 from medaug.cohort import read_cohort
+from medaug.errors import ConfigError
 from medaug.progress import progress
-from medaug.tracking import Run, track
+from medaug.tracking import track
 
 if TYPE_CHECKING:
     from medaug.intake.records import IntakeOptions, IntakeResult
     from medaug.quality.gate import GateResult
+    from medaug.training.classifier import ClassifierRecipe
 
 
 def take_in(options: IntakeOptions, *, tracking: Mapping[str, Any] | None = None) -> IntakeResult:
@@ -38,43 +41,54 @@ def gate_synthetic(
     cohort: Path,
     out: Path,
     *,
-    checks: str | None = None,
+    checks: Sequence[str] | None = None,
     threshold: float = 0.8,
-    profile: str = "cpu32",
+    filter_recipe: Mapping[str, Any] | None = None,
     seed: int = 0,
-    quota: Sequence[int] | None = None,
+    quotas: Sequence[int] | None = None,
     filter_dir: Path | None = None,
     allow_short: bool = False,
     tracking: Mapping[str, Any] | None = None,
 ) -> GateResult:
-    """`medaug gate`: judge every image of a synthetic cohort, tracked as a run of its own. See `run_gate`."""
-    from medaug.quality.gate import run_gate
+    """`medaug gate`: judge every image of a synthetic cohort, tracked as a run of its own.
 
-    with track("gate", name=f"gate {storage.sha256_json([threshold, checks, seed])[:8]}", **tracking or {"enabled": False}) as run:
-        run.log_params({"threshold": threshold, "checks": checks or "all", "profile": profile, "seed": seed})
-        result = run_gate(
+    Args:
+        filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
+        others: see `run_gate` and `track`.
+    """
+    from medaug.quality.gate import DEFAULT_CHECKS, run_gate
+    from medaug.quality.pseudo_label import default_recipe
+
+    names = list(checks or DEFAULT_CHECKS)
+    recipe = change(default_recipe(), filter_recipe or {})
+    with track("gate", name=f"gate {storage.sha256_json([names, threshold, seed])[:8]}", **tracking or {"enabled": False}) as run:
+        run.log_params({"checks": names, "threshold": threshold, "seed": seed})
+        return run_gate(
             synthetic,
             cohort,
             out,
-            checks=None if checks is None else [name.strip() for name in checks.split(",")],
+            checks=names,
             threshold=threshold,
-            profile=profile,
+            quotas=quotas,
+            recipe=recipe,
             seed=seed,
-            quotas=quota,
             filter_dir=filter_dir,
             allow_short=allow_short,
+            tracking=run,
+            progress=progress,
         )
-        _log_gate(run, result)
-        return result
 
 
-def _log_gate(run: Run, result: GateResult) -> None:
-    for row in result.per_class:
-        run.log_metrics({f"{name}.{row['class']}": row[name] for name in ("accepted", "judged", "acceptance")}, step=0)
-    run.log_metrics({f"filter.{name}": value for name, value in result.filter_metrics.items()}, step=0)
-    run.log_table(result.verdicts, "verdicts.json")
-    if result.sheet is not None:
-        run.log_image(result.sheet, "gate", step=0)
+def change(recipe: ClassifierRecipe, fields: Mapping[str, Any]) -> ClassifierRecipe:
+    """A recipe with other values in some fields.
+
+    Raises:
+        ConfigError: an unknown field.
+    """
+    try:
+        return replace(recipe, **fields)
+    except TypeError as error:
+        raise ConfigError("recipe-unknown-key", f"The filter's recipe does not take these fields: {error}.") from error
 
 
 def grade_arms(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError("override-malformed", f"--set takes KEY=VALUE, got {pair!r}.")
         try:
-            parsed[key.strip().replace("::", "#")] = yaml.safe_load(value)
+            parsed[key.strip().replace("::", "#")] = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError as error:
             raise ConfigError("override-malformed", f"The value of --set {key} is not YAML.") from error
     return parsed
@@ -53,8 +54,23 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
         for key in overlay:
             if key.lstrip("+") not in known:
                 raise _unknown(f"Profile key {key!r}", key, known)
-        config |= {key: value for key, value in overlay.items() if key in config}
+        for key, value in overlay.items():
+            if key.lstrip("+") in config:
+                _lay_over(config, key, value)
     return config
+
+
+def _lay_over(config: dict[str, Any], key: str, value: Any) -> None:
+    """Replace an entry, or merge into it if the key starts with "+", as MONAI does with several files."""
+    old = config.get(key.lstrip("+"))
+    if not key.startswith("+"):
+        config[key] = value
+    elif isinstance(old, dict) and isinstance(value, dict):
+        config[key[1:]] = old | value
+    elif isinstance(old, list) and isinstance(value, list):
+        config[key[1:]] = old + value
+    else:
+        raise ConfigError("config-value", f"Profile key {key!r} merges mappings or lists, got {type(value).__name__} for {type(old).__name__}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -85,6 +101,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-4 as a word unless it has a point.
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
     """Run one stage of a bundle in this process and return what its last expression returned.
 
@@ -101,6 +121,7 @@ def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Ma
     for key, value in (overrides or {}).items():
         if key not in parser:
             raise _unknown(f"Configuration key {key!r}", key, {str(name) for name in parser.get()})
+        _check_kind(key, parser[key], value)
         parser[key] = value
     try:
         parser.parse()
@@ -111,6 +132,18 @@ def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Ma
             raise
         raise own from error
     return results[-1]
+
+
+def _check_kind(key: str, old: Any, new: Any) -> None:
+    """Refuse a word where a number or a mapping is; null and ``$`` expressions fit everywhere."""
+    if new is None or (isinstance(new, str) and new[:1] in ("$", "@", "%")):
+        return
+    kinds = ((bool, (bool,)), (int | float, (int, float)), (Mapping, (Mapping,)))
+    for kind, allowed in kinds:
+        if isinstance(old, kind):
+            if not isinstance(new, allowed) or (kind is not bool and isinstance(new, bool)):
+                raise ConfigError("config-value", f"Configuration key {key!r} is {old!r} by default and takes the like, got {new!r}.")
+            return
 
 
 def split_overrides(

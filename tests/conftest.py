@@ -24,7 +24,7 @@ def draw_shape(label: int, size: int, *key: object) -> np.ndarray:
     return image.clip(0, 1).astype(np.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_cohort() -> Callable[..., Cohort]:
     """Build a small valid cohort folder: drawn discs, groups of `cases_per_group`, split 60/20/20 by group."""
     from medaug.io.raster import write_unit_png

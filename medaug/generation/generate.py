@@ -107,7 +107,12 @@ class GenerationSession:
         check_run(self.record, self.cohort)
         folder = Path(self.output_dir)
         with storage.locked(folder):
-            identity = {"weights_sha256": self.record.weights_sha256, "seed": self.seed, "sampler": self.sampler.settings()}
+            identity = {
+                "weights_sha256": self.record.weights_sha256,
+                "cohort_sha256": self.cohort.content_sha256,  # other training cases, other references
+                "seed": self.seed,
+                "sampler": self.sampler.settings(),
+            }
             _claim(folder, identity)
             config_sha = storage.sha256_json([self.record.config_sha256, identity])
             with track("generation", name=f"generation {self.record.bundle} {config_sha[:8]}", **self.tracking) as run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -55,8 +56,10 @@ def quotas(
         unknown = set(fixed or {}) - set(cohort.classes)
         if not fixed or unknown:
             raise ConfigError("allocation-fixed", f"Fixed counts need class names of {list(cohort.classes)}, got {sorted(fixed or {})}.")
-        return [int(fixed.get(name, 0)) for name in cohort.classes]
-    if synthetic_per_real is None or not synthetic_per_real > 0:
+        return check_counts(cohort, [fixed.get(name, 0) for name in cohort.classes])
+    if not sum(real):
+        raise DataError("training-empty", "The training split holds no image, so no share of it can be made; use a cohort with training images.")
+    if synthetic_per_real is None or not 0 < synthetic_per_real < math.inf:
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be a positive number, got {synthetic_per_real!r}.")
     total = round(synthetic_per_real * sum(real))
     if allocation == "balance":
@@ -115,9 +118,19 @@ def plan_for(
     """The plan of a run: `make_plan` over `quotas`, or over `counts` (one per class) when they are given."""
     if counts is None:
         counts = quotas(cohort, synthetic_per_real, allocation, fixed)
-    elif len(counts) != len(cohort.classes) or min(counts) < 0:
-        raise ConfigError("counts-invalid", f"counts must hold one number per class ({len(cohort.classes)}), got {list(counts)}.")
-    return make_plan(cohort, counts, seed, record.weights_sha256)
+    return make_plan(cohort, check_counts(cohort, counts), seed, record.weights_sha256)
+
+
+def check_counts(cohort: Cohort, counts: Sequence[int]) -> list[int]:
+    """The counts, one whole number of at least 0 per class.
+
+    Raises:
+        ConfigError: anything else (code `counts-invalid`).
+    """
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    if len(counts) != len(cohort.classes) or not whole:
+        raise ConfigError("counts-invalid", f"counts must hold one whole number per class ({len(cohort.classes)}), got {list(counts)}.")
+    return list(counts)
 
 
 def _case_id(weights_sha256: str, seed: int, label: int, number: int) -> str:

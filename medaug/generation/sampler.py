@@ -33,11 +33,10 @@ class ReferenceCache:
 
     def __call__(self, network: GuidedUNet, ids: Sequence[str], images: Callable[[int], Tensor]) -> Tensor:
         """Features (B, C, h, w) of the references `ids`; `images(i)` reads the i-th one only if it is new."""
-        new = [i for i, name in enumerate(ids) if name not in self.features and name not in ids[:i]]
         found = {name: self.features[name] for name in ids if name in self.features}
-        if new:
-            computed = network.reference_features(torch.stack([images(i) for i in new]))
-            found |= {ids[i]: row for i, row in zip(new, computed, strict=True)}
+        for i, name in enumerate(ids):
+            if name not in found:  # one by one: a feature must not depend on which others are new, to the last bit
+                found[name] = network.reference_features(images(i)[None])[0]
         for name in dict.fromkeys(ids):
             self.features[name] = found[name]
             self.features.move_to_end(name)
@@ -87,7 +86,7 @@ class GuidedSampler:
 
     def settings(self) -> dict[str, Any]:
         """What a lineage records of the sampler."""
-        names = ("step", "num_inference_steps", "spacing", "guidance_scale", "bottleneck_scale", "bottleneck_mode", "clip", "seed")
+        names = ("step", "num_inference_steps", "spacing", "sigma_min", "sigma_max", "guidance_scale", "bottleneck_scale", "bottleneck_mode", "clip", "seed")
         return {name: getattr(self, name) for name in names} | {"step_options": dict(self.step_options)}
 
     @torch.no_grad()

@@ -82,10 +82,9 @@ def grade(
     )
     predictions = predictions_of(cohort, rows)
     verdict = judge(predictions, ordinal=cohort.ordinal, notes=_notes(cohort, arms), num_resamples=num_resamples)
-    summaries = [summary_of(row) for row in rows]
     storage.write_json(out / VERDICT_NAME, verdict)
     write_report(out, cohort, rows, verdict, command=command, profile=profile)
-    return {"rows": summaries, "verdict": verdict}
+    return {"rows": [summary_of(row) for row in rows], "verdict": verdict}
 
 
 def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
@@ -95,7 +94,9 @@ def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         unknown = [case for case in (arm.synthetic.training if arm.synthetic else ()) if not (case.lineage or {}).get("fit_on")]
         if unknown:
-            notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients.")
+            notes.append(
+                f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients."
+            )
     return notes
 
 

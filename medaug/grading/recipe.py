@@ -2,6 +2,9 @@
 
 Tuned once on validation with real images only; an arm must never get a recipe of its own. What an arm changes is its
 training set and its classic augmentation, never the number of optimiser steps.
+
+cpu32 was set on four-class chest CT at 32 px (552 real training images, two seeds, macro-F1 on validation): simple_cnn
+0.80 at 500 steps with rate 1e-3 or 3e-3, 0.77 at 200 steps with 3e-3; resnet18 0.95 at 150 steps, 0.94 at 250.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ _TRANSFORMERS = {"learning_rate": 3e-4, "weight_decay": 0.05}
 GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {DEFAULT: {"num_steps": 30, "batch_size": 16, "evaluate_every": 15, "learning_rate": 3e-3}},
     "quickstart": {
-        DEFAULT: {"num_steps": 60, "batch_size": 16, "evaluate_every": 20},
+        DEFAULT: {"num_steps": 100, "evaluate_every": 25},
         "simple_cnn": {"num_steps": 200, "batch_size": 32, "evaluate_every": 40, "learning_rate": 3e-3},
     },
     "cpu32": {
         DEFAULT: {"num_steps": 250, "evaluate_every": 25},
         "simple_cnn": {"num_steps": 500, "evaluate_every": 50},
+        "resnet18": {"num_steps": 200, "evaluate_every": 25},
     },
     "cpu64": {
         DEFAULT: {"num_steps": 300, "evaluate_every": 30},

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from medaug import storage
 from medaug.cohort import Cohort
 from medaug.grading.benchmark import Row, summary_of
+from medaug.grading.statistics import NO_ORDER
 from medaug.grading.verdict import BASELINE, METRIC_LABELS, primary_metric
 
 PLOT_NAME = "comparison.png"
@@ -46,7 +47,8 @@ def table_rows(rows: Sequence[Row], verdict: Mapping[str, Any]) -> list[dict[str
                 f"validation_{metric}", [run["validation"]["metrics"][metric] for run in runs if run["validation"]]
             )
         difference = verdict.get(arm, {}).get("per_network", {}).get(network, {})
-        line |= {f"difference_{name}": difference.get(name) for name in ("difference", "low", "high", "p_value")}
+        line |= {"difference": difference.get("difference")}
+        line |= {f"difference_{name}": difference.get(name) for name in ("low", "high", "p_value")}
         table.append(line)
     return table
 
@@ -67,15 +69,15 @@ def markdown_table(table: Sequence[Mapping[str, Any]], metric: str) -> str:
         "network",
         "training images",
         METRIC_LABELS[metric],
-        *(name.replace("_", " ") for name in others),
-        "on validation",
         "difference to none (95 %)",
+        "on validation",
+        *(name.replace("_", " ") for name in others),
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in table:
         values = [line["arm"], line["network"], str(line["num_training"]), _number(line[metric], line[f"{metric}_std"])]
+        values += [_interval(line), _number(line[f"validation_{metric}"], line[f"validation_{metric}_std"])]
         values += [_number(line[name], line[f"{name}_std"]) for name in others]
-        values += [_number(line[f"validation_{metric}"], line[f"validation_{metric}_std"]), _interval(line)]
         lines.append("| " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
@@ -85,9 +87,9 @@ def _number(mean: float | None, spread: float | None) -> str:
 
 
 def _interval(line: Mapping[str, Any]) -> str:
-    if line["difference_difference"] is None:
+    if line["difference"] is None:
         return "–"
-    return f"{line['difference_difference']:+.3f} ({line['difference_low']:+.3f} to {line['difference_high']:+.3f})"
+    return f"{line['difference']:+.3f} ({line['difference_low']:+.3f} to {line['difference_high']:+.3f})"
 
 
 def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: str) -> Figure:
@@ -171,6 +173,12 @@ def write_report(
     storage.write_text(out / "report.html", _html(cohort, rows, table, verdict, metric, picture.getvalue(), command, profile))
 
 
+def _surprises(rows: Sequence[Row]) -> set[str]:
+    """Metrics without a value that a reader would expect to have one, with the reason."""
+    entries = {(name, reason) for row in rows for name, reason in row["test"]["metrics"]["undefined"].items()}
+    return {f"{name}: {reason}" for name, reason in entries if reason != NO_ORDER}
+
+
 def _flat(summary: Row) -> Row:
     """A summary without nested values, for CSV."""
     validation = {f"validation_{name}": value for name, value in (summary["validation"] or {}).items()}
@@ -213,5 +221,6 @@ def _html(
         profile=profile,
         networks=list(dict.fromkeys(row["network"] for row in rows)),
         seeds=sorted({row["seed"] for row in rows}),
-        undefined=sorted({f"{name}: {reason}" for row in rows for name, reason in row["test"]["metrics"]["undefined"].items()}),
+        best=max((line["balanced_accuracy"] for line in table if line["balanced_accuracy"] is not None), default=None),
+        undefined=sorted(_surprises(rows)),
     )

@@ -19,6 +19,7 @@ from medaug.errors import ConfigError, DataError
 from medaug.training.classifier import confusion_counts, macro_f1
 
 CALIBRATION_BINS = 15
+NO_ORDER = "the classes have no order"
 _CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
 
 __all__ = [
@@ -142,7 +143,7 @@ def classification_metrics(target: np.ndarray, probs: np.ndarray, *, ordinal: bo
     counts = confusion_counts(target, probs.argmax(1), num_classes)
     values = {"accuracy": accuracy(counts), "balanced_accuracy": balanced_accuracy(counts), "macro_f1": macro_f1(counts)}
     values |= {"auc": macro_auc(target, probs)[0], "ece": np.asarray(expected_calibration_error(target, probs))}
-    undefined = {} if ordinal else {"quadratic_kappa": "the classes have no order", "grade_mae": "the classes have no order"}
+    undefined = {} if ordinal else {"quadratic_kappa": NO_ORDER, "grade_mae": NO_ORDER}
     if ordinal:
         values |= {"quadratic_kappa": quadratic_kappa(counts), "grade_mae": grade_error(counts)}
     absent = [index for index in range(num_classes) if counts[index].sum() == 0]

@@ -70,9 +70,11 @@ def assemble(
     result = Assembly([ordered[index] for index in kept], classes, notes=list(classes.notes))
     if merged:
         result.notes.append(f"{merged} pair(s) of patients or groups hold identical images and were joined to one group.")
-    _group(result, ordered, kept, sets)
+    keeps_splits = has_splits and options.split is None
+    _group(result, ordered, kept, sets, keeps_splits)
     _refuse_small_classes(result.records, classes.names)
-    _split(result, options, has_splits, quarantine)
+    _split(result, options, keeps_splits, quarantine)
+    result.groups = _describe_groups(result.records) | result.groups
     result.leak = _leak(result.records, options.seed)
     return result
 
@@ -157,10 +159,15 @@ def _without_duplicates(
     return sorted(kept)
 
 
-def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], sets: duplicates.Union) -> None:
-    """Give every kept record its group and its patient's pseudonym, both named after the smallest source."""
+def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], sets: duplicates.Union, keeps_splits: bool) -> None:
+    """Give every kept record its group and its patient's pseudonym, both named after the smallest source.
+
+    Where the source's own splits are kept, look-alikes are not joined: they are a guess, and each group that crosses a
+    split costs its training images. Near-copies are joined all the same.
+    """
     alone = [index for index in kept if not ordered[index].group_keys]
-    grouping = duplicates.find_groups(_thumbnails([ordered[index] for index in alone]), [sets.find(index) for index in alone])
+    thumbnails = _thumbnails([ordered[index] for index in alone])
+    grouping = duplicates.find_groups(thumbnails, [sets.find(index) for index in alone], near_copies_only=keeps_splits)
     first: dict[int, int] = {}
     for index, number in zip(alone, grouping.labels, strict=True):
         sets.join(first.setdefault(number, index), index)
@@ -174,16 +181,17 @@ def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], set
             record.group = name
     _name_patients(result.records)
     result.neighbour_distances = grouping.neighbour_distances
-    result.groups = _describe_groups(result.records, grouping, len(alone))
-    if len(alone) > duplicates.MAX_CLUSTERED:
-        result.notes.append(
-            f"More than {duplicates.MAX_CLUSTERED} images have no patient: only near-copies were grouped; "
-            "give a patient column if there is one."
-        )
-    elif alone:
-        result.notes.append(
-            f"{len(alone)} image(s) have no patient and no group: patient-like groups were found from the pixels."
-        )
+    result.groups = _describe_search(grouping, len(alone))
+    if alone:
+        result.notes.append(f"{len(alone)} image(s) have no patient and no group: {_how_grouped(len(alone), keeps_splits)}")
+
+
+def _how_grouped(number: int, keeps_splits: bool) -> str:
+    if keeps_splits:
+        return "near-copies were grouped; --split divides the source anew by patient-like groups."
+    if number > duplicates.MAX_CLUSTERED:
+        return f"only near-copies were grouped, for they are more than {duplicates.MAX_CLUSTERED}; give a patient column."
+    return "patient-like groups were found from the pixels."
 
 
 def _name_patients(records: Sequence[Record]) -> None:
@@ -197,7 +205,8 @@ def _name_patients(records: Sequence[Record]) -> None:
         record.patient = min(names, default="")
 
 
-def _describe_groups(records: Sequence[Record], grouping: duplicates.Grouping, automatic: int) -> dict[str, Any]:
+def _describe_groups(records: Sequence[Record]) -> dict[str, Any]:
+    """Number and sizes of the groups of the images that stay."""
     sizes = Counter(record.group for record in records)
     origins = Counter(record.group_keys[0][0] if record.group_keys else "automatic" for record in records)
     return {
@@ -205,6 +214,12 @@ def _describe_groups(records: Sequence[Record], grouping: duplicates.Grouping, a
         "largest": max(sizes.values()),
         "alone": sum(size == 1 for size in sizes.values()),
         "images_by_origin": dict(sorted(origins.items())),
+    }
+
+
+def _describe_search(grouping: duplicates.Grouping, automatic: int) -> dict[str, Any]:
+    """How the groups of `automatic` images without patient or group were found."""
+    return {
         "automatic": automatic,
         "near_copies": grouping.near_copies,
         "threshold": grouping.threshold,
@@ -230,8 +245,8 @@ def _refuse_small_classes(records: Sequence[Record], names: Sequence[str]) -> No
             )
 
 
-def _split(result: Assembly, options: IntakeOptions, has_splits: bool, quarantine: Quarantine) -> None:
-    if options.split is None and has_splits:
+def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarantine: Quarantine) -> None:
+    if keeps_splits:
         _keep_splits(result, options.seed, quarantine)
     else:
         _assign(result.records, options.split or DEFAULT_RATIOS, options.seed)

@@ -54,8 +54,7 @@ def run_intake(options: IntakeOptions, progress: Progress | None = None) -> Inta
         existing = _existing(options, source)
         if existing is not None:
             return existing
-        storage_folder = _emptied(folder)
-        result = _take_in(options, found, source, storage_folder, progress)
+        result = _take_in(options, found, source, _emptied(folder), progress)
         _publish(folder, options.out)
     result.cohort = read_cohort(options.out)
     return result
@@ -67,9 +66,10 @@ def _reserved(out: Path) -> Iterator[Path]:
     folder = partial_folder(out)
     if out.exists() and not out.is_dir():
         raise StorageError("folder-not-empty", "The output exists and is a file; choose another --out.")
-    with storage.locked(folder), storage.locked(out) if out.is_dir() else nullcontext():
+    with storage.locked(folder):
         try:
-            yield folder
+            with storage.locked(out) if out.is_dir() else nullcontext():
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

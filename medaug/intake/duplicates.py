@@ -20,6 +20,7 @@ from medaug.errors import DataError
 THUMBNAIL_SIZE = 32
 HASH_RADIUS = 6  # differing bits of 64 up to which two images count as near-copies
 NEIGHBOUR_QUANTILE = 0.9  # nine images of ten have their nearest neighbour within the linkage threshold
+TYPICAL_SHARE = 0.5  # ... which is at most this share of the typical distance: unlike images must not become groups
 MAX_CLUSTERED = 20_000  # above it, comparing all pairs takes too long: hash only
 MAX_LINKED = 6_000  # images in one linkage: 6000^2 / 2 distances of 8 bytes are 144 MB
 BLOCK = 1024
@@ -136,16 +137,20 @@ def largest_group(count: int) -> int:
     return max(2, min(8, count // 8), -(-count // 20))
 
 
-def find_groups(thumbnails: np.ndarray, together: Sequence[Hashable | None] | None = None) -> Grouping:
+def find_groups(
+    thumbnails: np.ndarray, together: Sequence[Hashable | None] | None = None, *, near_copies_only: bool = False
+) -> Grouping:
     """Group images that look as if they were of one patient.
 
     Near-copies (at most 6 of 64 hash bits differ) are joined first; then clusters are joined by average linkage as long
-    as their mean distance is below the 90th percentile of the distances between nearest neighbours. That threshold
-    comes from the images alone. Groups larger than `largest_group` are taken apart again along the linkage tree.
+    as their mean distance is below the 90th percentile of the distances between nearest neighbours, and below half the
+    median distance of all pairs. That threshold comes from the images alone. Groups larger than `largest_group` are
+    taken apart again along the linkage tree.
 
     Args:
         thumbnails: (N, 32, 32) in [0, 1].
         together: key per image; images with the same key (slices of one volume) are never taken apart. None for no key.
+        near_copies_only: leave out the clustering, for splits that are given and must not lose look-alikes.
 
     Returns:
         the same groups whatever the order of the images.
@@ -162,10 +167,10 @@ def find_groups(thumbnails: np.ndarray, together: Sequence[Hashable | None] | No
     if together is not None:
         sets.join_equal([together[index] for index in order])
     neighbours, threshold = np.full(count, np.nan), None
-    if FEW <= count <= MAX_CLUSTERED:
+    if FEW <= count <= MAX_CLUSTERED and not near_copies_only:
         vectors = features(stack)
         neighbours = _neighbour_distances(vectors)
-        threshold = float(np.quantile(neighbours, NEIGHBOUR_QUANTILE))
+        threshold = min(float(np.quantile(neighbours, NEIGHBOUR_QUANTILE)), TYPICAL_SHARE * _typical_distance(vectors))
         _join_similar(sets, vectors, threshold, limit)
     roots, distances = np.empty(count, dtype=np.int64), np.empty(count)
     roots[order] = [sets.find(index) for index in range(count)]
@@ -220,6 +225,13 @@ def _neighbour_distances(vectors: np.ndarray) -> np.ndarray:
         similarity[rows, start + rows] = -np.inf
         nearest[start : start + BLOCK] = 1.0 - similarity.max(axis=1)
     return np.maximum(nearest, 0.0)
+
+
+def _typical_distance(vectors: np.ndarray) -> float:
+    """Median distance of pairs, from at most 1024 images evenly spread over the (sorted) images."""
+    some = vectors[:: -(-len(vectors) // BLOCK)]
+    pairs = np.triu_indices(len(some), k=1)
+    return float(np.median(1.0 - (some @ some.T)[pairs]))
 
 
 def _join_similar(sets: Union, vectors: np.ndarray, threshold: float, limit: int) -> None:

@@ -186,7 +186,8 @@ def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
                 f"The XLSX unpacks to {inflated} bytes, at most {MAX_INFLATED_BYTES} are read; save the rows needed as CSV.",
             )
         # Values, not formulas; not read_only, which does not know merged cells.
-        book = openpyxl.load_workbook(path, data_only=True)
+        with open(path, "rb") as stream:  # a path would be refused for its extension
+            book = openpyxl.load_workbook(stream, data_only=True)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - openpyxl raises anything on arbitrary bytes

@@ -64,6 +64,7 @@ def html(data: dict[str, Any], cohort: Cohort, assembly: Assembly) -> str:
     return environment.from_string(template).render(
         report=data,
         splits=SPLITS,
+        class_totals={name: sum(data["counts"]["splits"][split][name] for split in SPLITS) for name in cohort.classes},
         totals={split: sum(data["counts"]["splits"][split].values()) for split in SPLITS},
         sheets=[(name, class_sheet(cohort, label)) for label, name in enumerate(cohort.classes)],
         groups=group_rows(cohort),

@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
         raise ConfigError("checkpoint-unreadable", f"{path.name} is not a whole medaug checkpoint; delete it to train from the start.") from error
-    if header["config_sha256"] != config_sha256:
+    if header.get("config_sha256") != config_sha256:
         raise ConfigError(
             "checkpoint-other-config",
             "The output folder holds a run with other settings or another cohort; repeat its settings or choose another output folder.",

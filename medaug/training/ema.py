@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from medaug.errors import ConfigError
+
 
 class ExponentialMovingAverage:
     """Shadow of a network: ``shadow = d shadow + (1 - d) weights`` with d = min(decay, (1 + n) / (10 + n)).
@@ -17,9 +19,14 @@ class ExponentialMovingAverage:
     Args:
         network: the network that is trained.
         decay: upper bound of d, in [0, 1).
+
+    Raises:
+        ConfigError: a decay outside [0, 1).
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError("ema-decay", f"ema_decay must lie in [0, 1), got {decay!r}.")
         self.decay = decay
         self.num_updates = 0
         self.network = copy.deepcopy(network).eval().requires_grad_(False)

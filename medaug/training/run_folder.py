@@ -51,8 +51,11 @@ class RunRecord:
 
 
 def new_record(bundle: str, cohort: Cohort, settings: Mapping[str, Any], seed: int) -> RunRecord:
-    """The record of a run that is about to start on the training split of `cohort`."""
-    groups = tuple(sorted(cohort.groups("training")))
+    """The record of a run that is about to start on the training split of `cohort`.
+
+    Synthetic training cases hand on what their own generators and filters saw.
+    """
+    groups = tuple(sorted(cohort.groups("training").union(*cohort.fit_on.values())))
     return RunRecord(
         bundle=bundle,
         classes=cohort.classes,
@@ -105,7 +108,10 @@ def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str
         raise ConfigError(
             "class-mismatch", f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}."
         )
-    network = build_guided_unet(record.settings["network"], in_channels=record.channels, num_classes=len(record.classes))
+    settings = dict(record.settings["network"])
+    if settings.get("reference"):  # the start weights are in the trained ones; their file may be gone
+        settings["reference"] = {**settings["reference"], "pretrained_path": None}
+    network = build_guided_unet(settings, in_channels=record.channels, num_classes=len(record.classes))
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")

@@ -21,7 +21,7 @@ from medaug.progress import progress
 from medaug.tracking import Run, track
 from medaug.training.checkpoint import FILE_NAME, TrainingState, load_checkpoint, save_checkpoint
 from medaug.training.data import KeyedBatches
-from medaug.training.run_folder import RUN_FILE, RunRecord, new_record, read_run, write_run
+from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE, RunRecord, new_record, read_run, write_run
 
 Preview = Callable[[Any], np.ndarray]
 
@@ -39,7 +39,7 @@ class TrainingSession:
         bundle: its name.
         settings: literal settings, written to ``run.json`` and hashed.
         seed: first part of every key.
-        checkpoint_every: epochs between checkpoints.
+        checkpoint_every: epochs between checkpoints; 0 is only at the end.
         preview: draws a sheet of samples of the averaged network beside their references.
         preview_every: epochs between previews; 0 is never.
         tracking: keyword arguments of `medaug.tracking.track`.
@@ -69,13 +69,16 @@ class TrainingSession:
         record = new_record(self.bundle, self.cohort, self.settings, self.seed)
         with storage.locked(folder):
             if (folder / RUN_FILE).is_file():
-                return self._finished(read_run(folder), record)
+                found = self._finished(read_run(folder), record)
+                weights = folder / WEIGHTS_FILE
+                if weights.is_file() and storage.sha256_file(weights) == found.weights_sha256:
+                    return found  # else: write them again from the last checkpoint
             epoch, iteration = self._resume(record)
             with track("training", name=f"training {self.bundle} {record.config_sha256[:8]}", **self.tracking) as run:
                 self._describe(run, record)
                 self._train(run, record, epoch, iteration)
                 record = write_run(folder, record, self.state.ema.network, int(self.trainer.state.iteration))
-                run.log_model(folder / "model.safetensors", self.bundle, {"weights_sha256": record.weights_sha256})
+                run.log_model(folder / WEIGHTS_FILE, self.bundle, {"weights_sha256": record.weights_sha256})
         return record
 
     def _finished(self, found: RunRecord, wanted: RunRecord) -> RunRecord:
@@ -123,7 +126,7 @@ class TrainingSession:
             sheet = self.preview(self.state.ema.network)
             write_unit_png(Path(self.output_dir) / "samples" / f"epoch_{epoch:04d}.png", sheet)
             run.log_image(sheet, "samples", step=epoch)
-        if last or epoch % self.checkpoint_every == 0:
+        if last or (self.checkpoint_every and epoch % self.checkpoint_every == 0):
             path = Path(self.output_dir) / "checkpoint" / FILE_NAME
             save_checkpoint(path, self.state, epoch=epoch, iteration=iteration, config_sha256=record.config_sha256)
 

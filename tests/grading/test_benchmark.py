@@ -2,13 +2,15 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
-from medaug.cohort import read_cohort
+from medaug.cohort import read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading import benchmark
-from medaug.grading.grade import grade
+from medaug.grading.arms import Arm, check_arm
+from medaug.grading.grade import _notes, grade
 from medaug.grading.recipe import GRADING_PROFILES, grading_recipe
 
 QUICK = {"num_steps": 40, "batch_size": 16, "evaluate_every": 20, "learning_rate": 5e-3}
@@ -19,8 +21,6 @@ def planted(tmp_path, make_cohort, make_synthetic):
     """Few real images per class, right and wrong synthetic ones."""
     real = make_cohort(tmp_path / "real", per_class=40, cases_per_group=1)
     few = real.with_cases(training=[case for case in real.training if int(case.id[-4:]) < 10])
-    from medaug.cohort import write_cohort
-
     real = write_cohort(few, tmp_path / "real")
     make_synthetic(real, tmp_path / "right", [30, 30, 30], name="r")
     make_synthetic(real, tmp_path / "wrong", [30, 30, 30], shift=1, name="w")
@@ -122,10 +122,6 @@ def test_a_changed_image_recipe_or_seed_is_another_row(tmp_path, make_cohort):
 
 
 def test_ordinal_cohort_is_judged_by_kappa_and_the_leak_is_repeated(tmp_path, make_cohort):
-    from dataclasses import replace
-
-    from medaug.cohort import write_cohort
-
     cohort = make_cohort(tmp_path / "real", ordinal=True)
     leak = {"accuracy": 0.9, "balanced_accuracy": 0.9, "chance": 0.33, "n": 9, "warning": "Patients <cross> the split."}
     write_cohort(replace(cohort, notes={"leak": leak}), tmp_path / "real")
@@ -167,3 +163,16 @@ def test_every_profile_gives_a_recipe(profile):
     for network in ("simple_cnn", "resnet18", "vit_small_patch16_224"):
         recipe = grading_recipe(profile, network)
         assert recipe.num_steps >= recipe.evaluate_every >= 1
+
+
+def test_images_of_unknown_origin_need_a_word_and_carry_a_warning(tmp_path, make_cohort, make_synthetic):
+    real = make_cohort(tmp_path / "real")
+    made = make_synthetic(real, tmp_path / "made", [2, 2, 2])
+    strangers = [replace(case, lineage={"intended_label": case.label}, group=f"foreign-{case.id}") for case in made.training]
+    foreign = replace(made.with_cases(training=strangers), fit_on={})
+    with pytest.raises(LeakageError, match="fit-unknown"):
+        check_arm(Arm("x", synthetic=foreign), real)
+    trusting = Arm("x", synthetic=foreign, allow_untrusted=True)
+    check_arm(trusting, real)
+    assert "6 image(s) of arm x" in _notes(real, [trusting])[0]
+    assert _notes(real, [Arm("x", synthetic=made)]) == []

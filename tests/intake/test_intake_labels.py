@@ -110,7 +110,10 @@ def test_identifiers_match_without_lost_zeros_only_if_unique():
     assert table.restored == {"000123"} and table.used == {1, 3}
 
 
-@pytest.mark.parametrize(("text", "value"), [("2", 2), ("2.0", 2), ("II", 2), ("grade 2", 2), ("Grade_II", 2), ("2,0", 2), ("2.5", None), ("mild", None)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2", 2), ("2.0", 2), ("II", 2), ("grade 2", 2), ("Grade_II", 2), ("2,0", 2), ("2.5", None), ("mild", None)],
+)
 def test_numbers_in_labels(text, value):
     assert number(text) == value
 

@@ -1,0 +1,178 @@
+"""The gate: synthetic cohort in, accepted cohort out; every image gets a verdict with its reasons, nothing is lost.
+
+Running it again with another threshold or quota needs no generation and reuses the trained filter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medaug import storage
+from medaug.cohort import Cohort, check_against, created_by, read_cohort
+from medaug.errors import ConfigError, DataError
+from medaug.quality.checks import ACCEPT, CHECKS, Finding, GateContext
+from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_verdicts
+from medaug.quality.pseudo_label import PAPER_THRESHOLD
+from medaug.quality.verdicts import ClassAcceptance, Verdict, acceptance_per_class, combine, cut_to_quota
+from medaug.training.classifier import ClassifierRecipe
+
+if TYPE_CHECKING:
+    from medaug.tracking import Run
+
+DEFAULT_CHECKS = ("usable", "pseudo_label", "copies")
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+__all__ = ["DEFAULT_CHECKS", "ClassAcceptance", "GateResult", "Verdict", "run_gate"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate gives back.
+
+    Attributes:
+        accepted: the accepted cohort, as written.
+        verdicts: rows ``{"id", "name", "verdict", "reasons", ...}``, in the order of the synthetic cohort.
+        acceptance: per class.
+        summary: the content of ``gate.json``, verdicts included.
+        short: names of classes that missed their quota (only with `allow_short`).
+    """
+
+    accepted: Cohort
+    verdicts: list[dict[str, Any]]
+    acceptance: list[ClassAcceptance]
+    summary: dict[str, Any]
+    short: list[str]
+
+
+def run_gate(
+    synthetic_dir: Path,
+    cohort_dir: Path,
+    out: Path,
+    *,
+    checks: Sequence[str] = DEFAULT_CHECKS,
+    threshold: float = PAPER_THRESHOLD,
+    quotas: Mapping[str, int] | Sequence[int] | None = None,
+    recipe: ClassifierRecipe | None = None,
+    network: str = "simple_cnn",
+    seed: int = 0,
+    calibrate: bool = False,
+    filter_dir: Path | None = None,
+    allow_short: bool = False,
+    tracking: Run | None = None,
+    progress: Progress | None = None,
+) -> GateResult:
+    """Judge every synthetic case, write the accepted ones as a cohort and the report.
+
+    Args:
+        synthetic_dir: a cohort folder whose training cases are synthetic.
+        cohort_dir: the real cohort that they belong to.
+        out: accepted cohort, ``gate.json``, ``report.html``, ``quarantine.csv``, ``quarantine/``, ``filter/``.
+        checks: names of `CHECKS`; "usable" always runs.
+        threshold: confidence that the pseudo-label needs; the paper's 0.8.
+        quotas: wanted images per class: by name, or one number per class in order. More are cut in the cohort's order.
+        recipe, network, seed, calibrate: of the label filter, see `train_filter`.
+        filter_dir: cache of trained filters; None takes ``out/filter``.
+        allow_short: accept a missed quota.
+        tracking: a run that takes the tables and sheets.
+        progress: called as ``progress(description, total)``, like `medaug.progress.progress`.
+
+    Raises:
+        LeakageError: generator or filter saw a validation or test group, or nothing shows what it saw.
+        DataError: `quota-missed` or `nothing-accepted`, after the report is written; no synthetic cases; cohorts that differ.
+        ConfigError: unknown check or class, threshold outside [0, 1].
+    """
+    out = Path(out)
+    names = _check_names(checks)
+    if not 0 <= threshold <= 1:
+        raise ConfigError("threshold-invalid", f"The confidence threshold must be in [0, 1], got {threshold!r}.")
+    real, synthetic = read_cohort(cohort_dir), read_cohort(synthetic_dir)
+    wanted = _quotas(quotas, real.classes)
+    _check_inputs(real, synthetic, out)
+    context = GateContext(real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate)
+    with storage.locked(out):
+        verdicts = cut_to_quota(_judge(context, names, progress), wanted)
+        acceptance = acceptance_per_class(verdicts, real.classes, wanted)
+        filter_config = {"network": network, "seed": seed, "calibrate": calibrate}
+        config = {"checks": names, "threshold": threshold, "quotas": wanted, **filter_config}
+        summary = summary_of(context, names, verdicts, acceptance, config)
+        write_verdicts(out, context, verdicts, summary)
+        log_gate(tracking, context, verdicts, summary)
+        short = [entry.name for entry in acceptance if entry.short]
+        _refuse_short(acceptance, allow_short)
+        accepted = write_accepted(out, context, names, verdicts, created_by("medaug gate", config, seed))
+        if tracking is not None:
+            tracking.log_cohort(accepted, "accepted")
+    return GateResult(accepted, summary["verdicts"], acceptance, summary, short)
+
+
+def _check_names(checks: Sequence[str]) -> list[str]:
+    unknown = [name for name in checks if name not in CHECKS]
+    if unknown:
+        raise ConfigError("check-unknown", f"A check must be one of {', '.join(CHECKS)}, got {', '.join(unknown)}.")
+    return ["usable", *(name for name in CHECKS if name in checks and name != "usable")]
+
+
+def _quotas(quotas: Mapping[str, int] | Sequence[int] | None, classes: Sequence[str]) -> list[int | None]:
+    """One quota per class; a class that a mapping does not name has none."""
+    if quotas is None:
+        return [None] * len(classes)
+    if isinstance(quotas, Mapping):
+        unknown = set(quotas) - set(classes)
+        if unknown:
+            raise ConfigError("quota-class-unknown", f"Quotas name {sorted(unknown)}, the cohort has {list(classes)}.")
+        found: list[int | None] = [quotas.get(name) for name in classes]
+    else:
+        found = list(quotas)
+    if len(found) != len(classes) or any(quota is not None and quota < 0 for quota in found):
+        raise ConfigError("quota-invalid", f"Quotas need one number of 0 or more per class ({len(classes)}), got {list(found)}.")
+    return found
+
+
+def _check_inputs(real: Cohort, synthetic: Cohort, out: Path) -> None:
+    if not synthetic.training:
+        raise DataError("synthetic-empty", "The synthetic cohort has no training cases; generate some first.")
+    made = sum(case.is_synthetic for case in synthetic.training)
+    if made < len(synthetic.training):
+        real_cases = len(synthetic.training) - made
+        raise DataError(
+            "not-synthetic", f"{real_cases} case(s) of the synthetic cohort carry no lineage; the gate judges generated images."
+        )
+    if synthetic.validation or synthetic.test:
+        raise DataError("not-synthetic", "A synthetic cohort has training cases only; this one has a validation or test split.")
+    check_against(synthetic, real)
+    if out.resolve() in {root.resolve() for root in (real.root, synthetic.root) if root}:
+        raise ConfigError("out-is-input", "--out must be another folder than the cohort and the synthetic cohort.")
+
+
+def _judge(context: GateContext, names: Sequence[str], progress: Progress | None) -> list[Verdict]:
+    """Run the checks in order; after "usable" they see the readable images only."""
+    cases = list(context.synthetic.training)
+    findings: dict[str, list[Finding]] = {case.id: [] for case in cases}
+    with progress("gate", len(names)) if progress else nullcontext(lambda steps: None) as advance:
+        for name in names:
+            for case, finding in zip(cases, CHECKS[name](context, cases), strict=True):
+                findings[case.id].append(finding)
+            if name == "usable":
+                cases = [case for case in cases if findings[case.id][0].verdict == ACCEPT]
+            advance(1)
+    return [combine(case, findings[case.id]) for case in context.synthetic.training]
+
+
+def _refuse_short(acceptance: Sequence[ClassAcceptance], allow_short: bool) -> None:
+    if allow_short:
+        return
+    advice = "train the generator longer or lower --threshold; report.html shows what was turned away and why."
+    short = [
+        f"{entry.name} wanted {entry.quota}, got {entry.accepted} (acceptance {entry.rate or 0:.0%} of {entry.generated})"
+        for entry in acceptance
+        if entry.short
+    ]
+    if short:
+        text = f"Too few images passed the gate: {'; '.join(short)}. Generate more of them, allow a short quota, {advice}"
+        raise DataError("quota-missed", text)
+    if not any(entry.accepted for entry in acceptance):
+        raise DataError("nothing-accepted", f"No image passed the gate; {advice}")

@@ -1,0 +1,276 @@
+"""The pseudo-label filter: a CNN trained on the real training split must agree with the intended label, and be sure.
+
+Accept iff argmax p(x) = intended label AND max p(x) >= threshold (guided DDPM; the paper's two sentences on agreement
+and confidence are both required). The label that an accepted image carries is the intended one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medaug import storage
+from medaug.cohort import Case, Cohort, fit_sha256
+from medaug.errors import ConfigError, DataError
+from medaug.networks.grading import build_network
+from medaug.networks.weights import load_weights, save_weights
+from medaug.quality.images import image_batches
+from medaug.training.classifier import (
+    ClassifierRecipe,
+    FitResult,
+    confusion_counts,
+    fit_classifier,
+    macro_f1,
+    predict_logits,
+    seeded,
+)
+from medaug.training.data import CaseImages
+
+FORMAT = 1
+PAPER_THRESHOLD = 0.8
+DISAGREES, UNSURE = "label-disagrees", "confidence-low"
+
+_log = logging.getLogger(__name__)
+
+__all__ = ["LabelFilter", "PseudoLabel", "accept", "default_recipe", "fit_temperature", "softmax", "train_filter"]
+
+
+@dataclass(frozen=True)
+class PseudoLabel:
+    """What the filter says of one image.
+
+    Attributes:
+        label: argmax p(x), an index.
+        confidence: max p(x).
+        reasons: codes, `label-disagrees` and `confidence-low`; empty means accepted.
+    """
+
+    label: int
+    confidence: float
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> bool:
+        """True if agreement and confidence both hold."""
+        return not self.reasons
+
+
+def accept(probs: np.ndarray, intended: Sequence[int] | np.ndarray, threshold: float = PAPER_THRESHOLD) -> list[PseudoLabel]:
+    """Judge images by the filter's probabilities.
+
+    Args:
+        probs: (N, K), rows sum to 1.
+        intended: (N,) label indices the images were generated for.
+        threshold: smallest accepted max p(x), in [0, 1]; 0 asks for agreement only.
+
+    Raises:
+        ConfigError: threshold outside [0, 1].
+        DataError: shapes that do not fit, values that are no probabilities.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError("threshold-invalid", f"The confidence threshold must be in [0, 1], got {threshold!r}.")
+    probs = np.asarray(probs, dtype=np.float64)
+    wanted = np.asarray(intended)
+    if probs.ndim != 2 or wanted.shape != (len(probs),):
+        raise DataError(
+            "probabilities-invalid", f"Expected probabilities (N, K) and N labels, got {probs.shape} and {wanted.shape}."
+        )
+    if not (np.isfinite(probs).all() and (probs >= 0).all() and np.allclose(probs.sum(1), 1, atol=1e-4)):
+        raise DataError("probabilities-invalid", "Each row of probabilities must be finite, not negative, and sum to 1.")
+    labels, confidences = probs.argmax(1), probs.max(1)
+    verdicts = []
+    for label, confidence, want in zip(labels, confidences, wanted, strict=True):
+        reasons = [DISAGREES] * bool(label != want) + [UNSURE] * bool(confidence < threshold)
+        verdicts.append(PseudoLabel(int(label), float(confidence), tuple(reasons)))
+    return verdicts
+
+
+def softmax(logits: Tensor | np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """softmax(logits / temperature) as (N, K) float64."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    exp = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return exp / exp.sum(axis=1, keepdims=True)
+
+
+def fit_temperature(logits: Tensor | np.ndarray, target: Sequence[int] | np.ndarray) -> float:
+    """The temperature in [0.05, 20] with the smallest negative log-likelihood, by golden-section search on its logarithm.
+
+    The likelihood is unimodal in 1/T (Guo et al. 2017, temperature scaling); argmax and so agreement do not change.
+    """
+    values, classes = np.asarray(logits, dtype=np.float64), np.asarray(target)
+
+    def loss(log_temperature: float) -> float:
+        scaled = values / math.exp(log_temperature)
+        peak = scaled.max(axis=1)
+        log_sum = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
+        return float(np.mean(log_sum - scaled[np.arange(len(classes)), classes]))
+
+    low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
+    while high - low > 1e-5:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelFilter:
+    """A trained filter.
+
+    Attributes:
+        network: images (B, C, H, W) in [-1, 1] -> logits (B, K), in evaluation mode.
+        classes: names in class order.
+        temperature: divides the logits; 1 without calibration.
+        fit_groups: sorted groups of the training split it was fitted on.
+        facts: what ``filter.json`` says: accuracies, recipe, hashes.
+        cached: True if it was read, not trained.
+    """
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    temperature: float
+    fit_groups: tuple[str, ...]
+    facts: Mapping[str, Any]
+    cached: bool = False
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> np.ndarray:
+        """(B, K) float64 for images (B, C, H, W)."""
+        return softmax(self.network.eval()(images), self.temperature)
+
+    def judge(self, cohort: Cohort, cases: Sequence[Case], threshold: float) -> list[PseudoLabel]:
+        """`accept` over cases of a cohort, batch by batch; a case's label is the intended one."""
+        if not cases:
+            return []
+        probs = np.concatenate([self.probabilities(batch) for batch in image_batches(cohort, cases)])
+        return accept(probs, [case.label for case in cases], threshold)
+
+
+def default_recipe() -> ClassifierRecipe:
+    """The filter is trained as carefully as a grader: whole-pixel shifts only, since heavy augmentation made it weak."""
+    return ClassifierRecipe(num_steps=600, batch_size=32, evaluate_every=50, policy="weak", class_balanced=True)
+
+
+def train_filter(
+    cohort: Cohort,
+    folder: Path,
+    *,
+    recipe: ClassifierRecipe | None = None,
+    network: str = "simple_cnn",
+    seed: int = 0,
+    calibrate: bool = False,
+    report_test: bool = False,
+    device: str | torch.device = "cpu",
+    on_eval: Callable[[Mapping[str, Any]], None] | None = None,
+) -> LabelFilter:
+    """Train a filter on the real training split, or read the same one from `folder`.
+
+    Validation chooses the best step (and the temperature); test is never seen unless `report_test` asks for its accuracy.
+    The folder is named by the content of the cohort and every setting, so another threshold or cohort never reuses a
+    wrong filter.
+
+    Args:
+        cohort: as read from its folder.
+        folder: ``<folder>/<key>/filter.safetensors`` and ``filter.json`` are written there.
+        recipe: None takes `default_recipe`.
+        network: a name of `medaug.networks.grading`.
+        seed: decides weights, order and augmentation.
+        calibrate: temperature scaling on validation.
+        report_test: add accuracy on the test split to the facts.
+        device: for training and prediction.
+        on_eval: called with each validation result.
+
+    Raises:
+        DataError: a class without a real training image.  ConfigError: see `fit_classifier`.
+    """
+    recipe = recipe or default_recipe()
+    settings = {"network": network, "recipe": asdict(recipe), "seed": seed, "calibrate": calibrate, "report_test": report_test}
+    key = storage.sha256_json([FORMAT, cohort.content_sha256, list(cohort.classes), cohort.image_size, cohort.channels, settings])
+    home = Path(folder) / key[:16]
+    with seeded(key, "init"):
+        module = build_network(network, len(cohort.classes), cohort.channels, cohort.image_size)
+    known = _read(home, key, module, cohort)
+    if known is not None:
+        return known
+    training = _real_training(cohort)
+    validation = CaseImages(cohort, cohort.validation) if cohort.validation else None
+    images = CaseImages(cohort, training)
+    result = fit_classifier(module, images, validation, recipe, key=(key, "fit"), device=device, on_eval=on_eval)
+    module.to("cpu").eval()
+    logits = predict_logits(module, validation) if validation is not None else None
+    temperature = 1.0
+    if calibrate and logits is not None:
+        temperature = fit_temperature(logits, [case.label for case in cohort.validation])
+    facts = _facts(cohort, training, result, settings) | {"key": key, "temperature": temperature}
+    facts["validation"] = _scores(logits, cohort.validation, len(cohort.classes))
+    if report_test and cohort.test:
+        facts["test"] = _scores(predict_logits(module, CaseImages(cohort, cohort.test)), cohort.test, len(cohort.classes))
+    metadata = {"num_classes": str(len(cohort.classes)), "network": network, "key": key}
+    facts["weights_sha256"] = save_weights(home / "filter.safetensors", module, metadata)
+    storage.write_json(home / "filter.json", facts)
+    return LabelFilter(module, cohort.classes, temperature, tuple(facts["fit_groups"]), facts)
+
+
+def _real_training(cohort: Cohort) -> list[Case]:
+    training = [case for case in cohort.training if not case.is_synthetic]
+    missing = set(range(len(cohort.classes))) - {case.label for case in training}
+    if missing:
+        names = ", ".join(cohort.classes[label] for label in sorted(missing))
+        raise DataError("class-empty", f"The label filter needs a real training image of every class, there is none of {names}.")
+    return training
+
+
+def _read(home: Path, key: str, module: nn.Module, cohort: Cohort) -> LabelFilter | None:
+    """The cached filter, or None if there is none or it is damaged (it is then trained again)."""
+    if not (home / "filter.json").is_file():
+        return None
+    try:
+        facts = storage.read_json(home / "filter.json")
+        load_weights(home / "filter.safetensors", module, {"key": key}, sha256=facts["weights_sha256"])
+        if facts["key"] != key or fit_sha256(facts["fit_groups"]) != facts["fit_on"]:
+            raise DataError("filter-damaged", "filter.json does not belong to this filter.")
+        groups, temperature = tuple(facts["fit_groups"]), float(facts["temperature"])
+        return LabelFilter(module.eval(), cohort.classes, temperature, groups, facts, cached=True)
+    except (ConfigError, DataError, KeyError, TypeError, ValueError) as error:
+        code = getattr(error, "code", type(error).__name__)
+        _log.warning("The cached label filter is damaged (%s); it is trained again.", code)
+        return None
+
+
+def _facts(cohort: Cohort, training: Sequence[Case], result: FitResult, settings: Mapping[str, Any]) -> dict[str, Any]:
+    groups = sorted({case.group for case in training})
+    return {
+        "format": FORMAT,
+        "classes": list(cohort.classes),
+        "cohort_sha256": cohort.content_sha256,
+        "fit_groups": groups,
+        "fit_on": fit_sha256(groups),
+        "fit_cases": len(training),
+        "best_step": result.best_step,
+        "history": result.history,
+        **settings,
+    }
+
+
+def _scores(logits: Tensor | None, cases: Sequence[Case], num_classes: int) -> dict[str, Any] | None:
+    """n, accuracy, balanced accuracy, macro-F1, mean confidence and confusion counts on real cases."""
+    if logits is None or not cases:
+        return None
+    counts = confusion_counts(np.array([case.label for case in cases]), logits.argmax(1).numpy(), num_classes)
+    present = counts.sum(1) > 0
+    recalls = np.diagonal(counts)[present] / counts.sum(1)[present]
+    return {
+        "n": len(cases),
+        "accuracy": float(np.trace(counts) / counts.sum()),
+        "balanced_accuracy": float(recalls.mean()),
+        "macro_f1": float(macro_f1(counts)),
+        "mean_confidence": float(softmax(logits).max(axis=1).mean()),
+        "confusion": counts.tolist(),
+    }

@@ -1,0 +1,111 @@
+"""Verdicts of the gate: one per synthetic case, and what they add up to per class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from medaug.cohort import Case
+from medaug.quality.checks import ACCEPT, QUARANTINE, REJECT, Finding, worst
+
+QUOTA_FILLED = "quota-filled"
+
+__all__ = ["ClassAcceptance", "Verdict", "acceptance_per_class", "agreement", "combine", "cut_to_quota"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's word on one synthetic case.
+
+    Attributes:
+        case: as generated.
+        verdict: "accept", "quarantine" or "reject".
+        reasons: (code, sentence) pairs.
+        lineage: numbers the checks add to the case's lineage.
+    """
+
+    case: Case
+    verdict: str
+    reasons: tuple[tuple[str, str], ...]
+    lineage: Mapping[str, Any]
+
+    def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The row of ``gate.json``."""
+        row: dict[str, Any] = {"id": self.case.id, "name": self.case.name or self.case.id, "verdict": self.verdict}
+        row["reasons"] = [f"{code}: {text}" for code, text in self.reasons]
+        return row | {"intended": classes[self.case.label]} | dict(self.lineage)
+
+
+@dataclass(frozen=True)
+class ClassAcceptance:
+    """Counts of one class. `rate` is the share that passed every check, before a quota cut it; `quota` None asks for none."""
+
+    name: str
+    generated: int
+    passed: int
+    accepted: int
+    quarantined: int
+    rejected: int
+    rate: float | None
+    quota: int | None
+
+    @property
+    def short(self) -> bool:
+        """True if the quota is missed."""
+        return self.quota is not None and self.accepted < self.quota
+
+
+def combine(case: Case, findings: Sequence[Finding]) -> Verdict:
+    """The strictest verdict of a case's findings, with all their reasons and numbers."""
+    reasons = tuple(reason for finding in findings for reason in finding.reasons)
+    lineage = {key: value for finding in findings for key, value in finding.lineage.items()}
+    return Verdict(case, worst([finding.verdict for finding in findings]), reasons, lineage)
+
+
+def cut_to_quota(verdicts: Sequence[Verdict], quotas: Sequence[int | None]) -> list[Verdict]:
+    """Reject what passed beyond a quota, in the cohort's order: choosing by confidence would favour the easy images."""
+    taken: Counter[int] = Counter()
+    cut = []
+    for verdict in verdicts:
+        quota = quotas[verdict.case.label]
+        if verdict.verdict == ACCEPT:
+            taken[verdict.case.label] += 1
+            if quota is not None and taken[verdict.case.label] > quota:
+                verdict = replace(verdict, verdict=REJECT, reasons=((QUOTA_FILLED, f"The class has its {quota} images."),))
+        cut.append(verdict)
+    return cut
+
+
+def acceptance_per_class(
+    verdicts: Sequence[Verdict], classes: Sequence[str], quotas: Sequence[int | None]
+) -> list[ClassAcceptance]:
+    """Count verdicts by class, in class order."""
+    rows = []
+    for label, name in enumerate(classes):
+        own = [verdict for verdict in verdicts if verdict.case.label == label]
+        counts = Counter(verdict.verdict for verdict in own)
+        passed = counts[ACCEPT] + sum(code == QUOTA_FILLED for verdict in own for code, _ in verdict.reasons)
+        rows.append(
+            ClassAcceptance(
+                name=name,
+                generated=len(own),
+                passed=passed,
+                accepted=counts[ACCEPT],
+                quarantined=counts[QUARANTINE],
+                rejected=counts[REJECT],
+                rate=passed / len(own) if own else None,
+                quota=quotas[label],
+            )
+        )
+    return rows
+
+
+def agreement(verdicts: Sequence[Verdict], num_classes: int) -> list[list[int]]:
+    """Counts (K, K): rows the intended class, columns the filter's."""
+    counts = [[0] * num_classes for _ in range(num_classes)]
+    for verdict in verdicts:
+        if "pseudo_label" in verdict.lineage:
+            counts[verdict.case.label][verdict.lineage["pseudo_label"]] += 1
+    return counts
