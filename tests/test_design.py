@@ -32,13 +32,17 @@ ALLOWED: dict[str, frozenset[str]] = {
     "diffusion": frozenset({"diffusion", "errors"}),
     "delivery": BASE,
     "tracking": BASE | {"io", "tracking", "delivery"},
-    "phantom": BASE | {"io"},
+    "phantom": BASE | {"io", "phantom_drawing"},
+    "phantom_drawing": BASE,
     "training": LOWER | {"diffusion", "training", "tracking"},
     "quality": LOWER | {"diffusion", "training", "quality", "tracking"},
     "intake": LOWER | {"intake", "tracking"},
     "generation": MIDDLE | {"generation", "assets"},
     "grading": MIDDLE | {"grading", "assets"},
-    "cli": UPPER | {"generation", "grading", "cli"},
+    "workflow": BASE | {"assets"},
+    "stages": UPPER | {"grading", "generation"},
+    "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
+    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "assets", "cli")

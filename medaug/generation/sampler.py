@@ -61,6 +61,9 @@ class GuidedSampler:
         bottleneck_mode: "relative" (to the std of the bottleneck, per image) or "absolute".
         clip: cut the predicted x_0 to [-1, 1] at every step.
         seed: with the id of an image it decides every draw.
+
+    Raises:
+        ConfigError: an unknown name or option, or a value out of range.
     """
 
     objective: NoiseObjective | Mapping[str, Any]
@@ -79,6 +82,7 @@ class GuidedSampler:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Mapping):
             self.objective = build_objective(self.objective)
+        bottleneck_noise(torch.zeros(1, 1), torch.zeros(1, 1), self.bottleneck_scale, self.bottleneck_mode)  # refuses now, not hours later
         schedule = self.objective.schedule
         self.timesteps = spaced_timesteps(schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
         self.step_function = choose("step", STEPS, self.step, self.step_options)

@@ -2,7 +2,8 @@
 
 An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
 that repeats real images, both also after Holm's correction over the arms. It "harms" if its interval against plain
-training lies below 0. Everything else is "no evidence", which is not "no effect".
+training lies below 0. Both ask every seed to agree on the sign. Everything else is "no evidence", which is not "no
+effect".
 """
 
 from __future__ import annotations
@@ -113,9 +114,11 @@ def judge(
     verdicts: dict[str, dict[str, Any]] = {}
     for arm in judged:
         control = against_control.get(arm)
-        helped = _above(against_none[arm], holm_none[arm]) and (control is None or _above(control, holm_control[arm]))
-        verdict = "helps" if helped else "harms" if against_none[arm].high < 0 else "no evidence"
         seeds = _seed_differences(predictions, arm, metric)
+        # The interval covers the choice of test patients, not the luck of training: seeds that disagree are no evidence.
+        helped = _above(against_none[arm], holm_none[arm]) and (control is None or _above(control, holm_control[arm])) and min(seeds) > 0
+        harmed = against_none[arm].high < 0 and max(seeds) < 0
+        verdict = "helps" if helped else "harms" if harmed else "no evidence"
         networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
         verdicts[arm] = {
             "verdict": verdict,

@@ -86,7 +86,7 @@ class GuidedIteration:
             losses = guided_losses(network, engine.inferer, engine.loss_function, batch, self, engine.state.device)
         total = losses["loss_noise"] + self.label_loss_weight * losses["loss_label"]
         if not torch.isfinite(total):
-            raise ConfigError("training-diverged", f"The loss is {float(total)} at iteration {iteration}; lower learning_rate and start again.")
+            raise ConfigError("training-diverged", f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.")
         engine.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.max_gradient_norm)

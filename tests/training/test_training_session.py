@@ -180,6 +180,17 @@ def test_folder_in_use_is_refused(cohort: Cohort, tmp_path: Path) -> None:
     assert caught.value.exit_code == 5
 
 
+def test_full_disk_stops_training_and_freed_space_lets_it_go_on(cohort: Cohort, tmp_path: Path, small_disk: Path) -> None:
+    storage.write_bytes(small_disk / "ballast", bytes(1_000_000))
+    with pytest.raises(StorageError, match="disk-full") as caught:
+        train(cohort, small_disk / "run", more=NO_REFERENCE)
+    assert caught.value.exit_code == 5
+    assert not [path.name for path in (small_disk / "run").rglob("*") if path.is_file() and path.name != storage.LOCK_NAME]
+    (small_disk / "ballast").unlink()
+    again = train(cohort, tmp_path / "whole", max_epochs=1, more=NO_REFERENCE)
+    assert train(cohort, small_disk / "run", max_epochs=1, more=NO_REFERENCE) == again
+
+
 def test_diverged_training_is_refused(cohort: Cohort, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="training-diverged.*learning_rate"):
         train(cohort, tmp_path / "run", learning_rate=1e30, warmup_steps=1, more=NO_REFERENCE)
