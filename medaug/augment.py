@@ -154,8 +154,14 @@ def run_quickstart(out: Path, *, seed: int = 0, tracking: Mapping[str, Any] | No
     out = Path(out)
     table = write_phantom_export(out / "export", seed=seed)
     options = IntakeOptions(
-        source=out / "export", out=out / "cohort", labels=table, key="sop", label_column="grade", image_size=32, name="phantom chest CT", seed=seed
+        source=out / "export",
+        out=out / "cohort",
+        labels=table,
+        key="sop",
+        label_column="grade",
+        image_size=32,
+        name="phantom chest CT",
+        seed=seed,
     )
     take_in(options, tracking=tracking)
     return run_augment("guided_ddpm", out / "cohort", out / "job", profile="quickstart", seed=seed, tracking=tracking)
-

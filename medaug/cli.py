@@ -24,7 +24,9 @@ INTERRUPTED = "Stopped; run the same command again to go on.\n"
 
 CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort folder made by `medaug intake`.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Output folder; run again with the same arguments to go on.")]
-ProfileOption = Annotated[str | None, typer.Option("--profile", help="tiny, cpu32, cpu64, or a YAML file; none: the paper's values.")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="tiny, cpu32, cpu64, or a YAML file; none: the paper's values.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the bundle's config; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")]
 TrackingOption = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow; else MLFLOW_TRACKING_URI, else ./mlflow.db.")]
@@ -63,7 +65,9 @@ def _version(value: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Labelled medical images: generate, check, and measure whether they help. Research use only, not for diagnosis.
 
     Example: medaug quickstart --out runs/quickstart
@@ -121,7 +125,7 @@ def intake(
         dry_run=dry_run,
     )
     result = take_in(options, tracking=_tracking(tracking_uri))
-    summary = {"out": out.name, "content_sha256": result.cohort.content_sha256, "counts": result.counts, "leak": result.leak}
+    summary: dict[str, Any] = {"out": out.name, "content_sha256": result.cohort.content_sha256, "counts": result.counts, "leak": result.leak}
     summary |= {"quarantine": result.quarantine, "notes": result.notes, "dry_run": dry_run}
     _show(summary, as_json, _intake_text(result, out))
 
@@ -145,7 +149,12 @@ def train(
 
     paths = {"dataset_dir": str(cohort), "output_dir": str(out), "seed": seed, "tracking": _tracking(tracking_uri)}
     record = run_stage(bundle, "training", profile, paths | parse_overrides(settings or []))
-    summary = {"out": out.name, "iterations": record.iterations, "weights_sha256": record.weights_sha256, "config_sha256": record.config_sha256}
+    summary = {
+        "out": out.name,
+        "iterations": record.iterations,
+        "weights_sha256": record.weights_sha256,
+        "config_sha256": record.config_sha256,
+    }
     _show(summary, as_json, f"Trained {record.iterations} iterations; weights {record.weights_sha256[:12]} in {out}.")
 
 
@@ -239,7 +248,9 @@ def augment(
     out: OutOption,
     profile: ProfileOption = None,
     settings: SetOption = None,
-    allow_short: Annotated[bool, typer.Option("--allow-short", help="Go on when a class misses its quota of accepted images.")] = False,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Go on when a class misses its quota of accepted images.")
+    ] = False,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,

@@ -160,7 +160,9 @@ def _validate_case(case: Case, cohort: Cohort, seen: set[str]) -> None:
         raise DataError("case-id-duplicate", f"Every case needs an id of its own, got {case.id!r} twice or empty.")
     seen.add(case.id)
     if isinstance(case.label, bool) or not isinstance(case.label, int) or not 0 <= case.label < len(cohort.classes):
-        raise DataError("label-out-of-range", f"Case {case.id} has label {case.label!r}; expected 0 to {len(cohort.classes) - 1}.")
+        raise DataError(
+            "label-out-of-range", f"Case {case.id} has label {case.label!r}; expected 0 to {len(cohort.classes) - 1}."
+        )
     path = PurePosixPath(case.image)
     if path.is_absolute() or ".." in path.parts or "\\" in case.image or not case.image:
         raise DataError("path-outside-cohort", f"The image path of case {case.id} must stay inside the cohort folder.")
@@ -236,7 +238,10 @@ def check_against(synthetic: Cohort, real: Cohort, *, allow_untrusted: bool = Fa
     home = {case.id: case.group for case in real.validation + real.test}
     inherited |= {home[reference] for case in synthetic.training if (reference := (case.lineage or {}).get("reference")) in home}
     if inherited:
-        raise LeakageError("reference-held-out", f"Cases to train on are, or were made from, validation or test groups ({_some(inherited)}); generate from training images.")
+        raise LeakageError(
+            "reference-held-out",
+            f"Cases to train on are, or were made from, validation or test groups ({_some(inherited)}); generate from training images.",
+        )
     check_fit(synthetic.fit_on, held_out)
     known = real.groups("training")
     for case in synthetic.training:
@@ -303,7 +308,9 @@ def read_cohort(root: Path, *, verify: bool = False) -> Cohort:
     if missing:
         raise DataError("image-missing", f"{len(missing)} case(s) of {root.name} have no image file ({_some(missing)}).")
     if verify and content_sha256(cohort, root) != cohort.content_sha256:
-        raise DataError("cohort-changed", f"The images of {root.name} are not the ones its header was written for; run intake again.")
+        raise DataError(
+            "cohort-changed", f"The images of {root.name} are not the ones its header was written for; run intake again."
+        )
     return cohort
 
 
@@ -351,7 +358,10 @@ def _case_from_json(row: Mapping[str, Any]) -> Case:
 def _from_json(data: Any, root: Path) -> Cohort:
     try:
         if data["format"] != FORMAT:
-            raise DataError("cohort-format", f"{FILE_NAME} has format {data['format']!r}, this medaug reads {FORMAT}; use the matching release.")
+            raise DataError(
+                "cohort-format",
+                f"{FILE_NAME} has format {data['format']!r}, this medaug reads {FORMAT}; use the matching release.",
+            )
         splits = {split: tuple(_case_from_json(row) for row in data.get(split, [])) for split in SPLITS}
         return Cohort(
             name=str(data["name"]),
@@ -370,4 +380,7 @@ def _from_json(data: Any, root: Path) -> Cohort:
             **splits,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError("cohort-malformed", f"{FILE_NAME} of {root.name} lacks or mistypes a field ({type(error).__name__}: {str(error)[:80]}).") from error
+        raise DataError(
+            "cohort-malformed",
+            f"{FILE_NAME} of {root.name} lacks or mistypes a field ({type(error).__name__}: {str(error)[:80]}).",
+        ) from error

@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 TABLE_COLUMNS = ("sop", "patient_id", "grade")
+_IMAGE_ELEMENTS = {
+    "SamplesPerPixel": 1,
+    "PhotometricInterpretation": "MONOCHROME2",
+    "BitsAllocated": 16,
+    "BitsStored": 12,
+    "HighBit": 11,
+    "PixelRepresentation": 0,
+    "BurnedInAnnotation": "NO",
+    "WindowCenter": "-600",
+    "WindowWidth": "1500",
+    "RescaleIntercept": str(LOWEST_HU),
+    "RescaleSlope": "1",
+    "RescaleType": "HU",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,23 +169,11 @@ def _dataset(drawn: PhantomSlice, seed: int) -> Dataset:
         "FrameOfReferenceUID": _uid("frame", seed, drawn.patient, size),
         "PositionReferenceIndicator": "",
         "ImageComments": "PHANTOM: drawn by medaug, no human anatomy, not for diagnosis",
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
         "Rows": size,
         "Columns": size,
         "PixelSpacing": [round(drawn.spacing_mm, 5)] * 2,
-        "BitsAllocated": 16,
-        "BitsStored": 12,
-        "HighBit": 11,
-        "PixelRepresentation": 0,
-        "BurnedInAnnotation": "NO",
-        "WindowCenter": "-600",
-        "WindowWidth": "1500",
-        "RescaleIntercept": str(LOWEST_HU),
-        "RescaleSlope": "1",
-        "RescaleType": "HU",
     }
-    for keyword, value in elements.items():
+    for keyword, value in (elements | _IMAGE_ELEMENTS).items():
         setattr(dataset, keyword, value)
     stored = np.clip(np.rint(drawn.hounsfield - LOWEST_HU), 0, 4095).astype("<u2")
     dataset.PixelData = stored.tobytes()

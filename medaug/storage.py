@@ -108,9 +108,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError("file-missing", f"{Path(path).name} was expected in {Path(path).parent.name}/ and is not there.") from error
+        raise DataError(
+            "file-missing", f"{Path(path).name} was expected in {Path(path).parent.name}/ and is not there."
+        ) from error
     except (ValueError, OSError, RecursionError) as error:
-        raise DataError("json-unreadable", f"{Path(path).name} is not readable JSON; make it again with the command that wrote it.") from error
+        raise DataError(
+            "json-unreadable", f"{Path(path).name} is not readable JSON; make it again with the command that wrote it."
+        ) from error
 
 
 @contextmanager
@@ -129,7 +133,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StorageError(
-                "folder-in-use", f"The output folder {folder.name} is in use by another medaug process; wait for it or choose another --out."
+                "folder-in-use",
+                f"The output folder {folder.name} is in use by another medaug process; wait for it or choose another --out.",
             ) from error
         yield
     finally:

@@ -50,7 +50,9 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
     config = read_yaml(root / "configs" / STAGES[stage])
     if profile is not None:
         overlay = read_yaml(assets.profile_path(profile))
-        known = set(PROFILE_SECTIONS).union(*(read_yaml(root / "configs" / name) for name in STAGES.values() if (root / "configs" / name).is_file()))
+        known = set(PROFILE_SECTIONS).union(
+            *(read_yaml(root / "configs" / name) for name in STAGES.values() if (root / "configs" / name).is_file())
+        )
         for key in overlay:
             if key.lstrip("+") not in known:
                 raise _unknown(f"Profile key {key!r}", key, known)
@@ -70,7 +72,9 @@ def _lay_over(config: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(old, list) and isinstance(value, list):
         config[key[1:]] = old + value
     else:
-        raise ConfigError("config-value", f"Profile key {key!r} merges mappings or lists, got {type(value).__name__} for {type(old).__name__}.")
+        raise ConfigError(
+            "config-value", f"Profile key {key!r} merges mappings or lists, got {type(value).__name__} for {type(old).__name__}."
+        )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -142,7 +146,9 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
     for kind, allowed in kinds:
         if isinstance(old, kind):
             if not isinstance(new, allowed) or (kind is not bool and isinstance(new, bool)):
-                raise ConfigError("config-value", f"Configuration key {key!r} is {old!r} by default and takes the like, got {new!r}.")
+                raise ConfigError(
+                    "config-value", f"Configuration key {key!r} is {old!r} by default and takes the like, got {new!r}."
+                )
             return
 
 

@@ -52,7 +52,11 @@ def make_cohort() -> Callable[..., Cohort]:
                 share = group / (per_class / cases_per_group)
                 split = "training" if share < 0.6 else "validation" if share < 0.8 else "test"
                 case = Case(
-                    id=case_id, image=f"images/{case_id}.png", label=label, group=f"g{label}{group:03d}", source=f"{seed:02d}{label:02d}{index:060d}"
+                    id=case_id,
+                    image=f"images/{case_id}.png",
+                    label=label,
+                    group=f"g{label}{group:03d}",
+                    source=f"{seed:02d}{label:02d}{index:060d}",
                 )
                 splits[split].append(case)
         made = Cohort(

@@ -25,10 +25,20 @@ def files(stage: str, profile: str | None) -> list[str]:
 
 def test_train_yaml_holds_the_papers_values() -> None:
     config = read_yaml(BUNDLE / "configs" / "train.yaml")
-    assert (config["batch_size"], config["max_epochs"], config["learning_rate"], config["label_loss_weight"]) == (8, 200, 1e-4, 0.1)
+    assert (config["batch_size"], config["max_epochs"], config["learning_rate"], config["label_loss_weight"]) == (
+        8,
+        200,
+        1e-4,
+        0.1,
+    )
     assert (config["reference"], config["bottleneck_noise_train"], config["condition_dropout"]) == ("self", 0.0, 0.0)
     assert config["network_settings"]["backbone_options"]["channels"] == [128, 128, 256, 256, 512, 512]
-    assert config["diffusion_settings"] == {"parameterisation": "epsilon", "schedule": "linear_beta", "num_train_timesteps": 1000, "weighting": None}
+    assert config["diffusion_settings"] == {
+        "parameterisation": "epsilon",
+        "schedule": "linear_beta",
+        "num_train_timesteps": 1000,
+        "weighting": None,
+    }
 
 
 def test_inference_yaml_holds_the_papers_values() -> None:
@@ -45,7 +55,9 @@ def test_bundle_holds_no_python_and_no_path_of_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize("profile", [None, *PROFILES])
-def test_training_has_every_property_monai_asks_for(make_cohort: Callable[..., Cohort], tmp_path: Path, profile: str | None) -> None:
+def test_training_has_every_property_monai_asks_for(
+    make_cohort: Callable[..., Cohort], tmp_path: Path, profile: str | None
+) -> None:
     from monai.bundle import ConfigWorkflow
 
     make_cohort(tmp_path / "cohort")
@@ -64,12 +76,16 @@ def test_training_has_every_property_monai_asks_for(make_cohort: Callable[..., C
     workflow.initialize()
     assert not workflow.check_properties()
     assert workflow.dataset_dir == str(tmp_path / "cohort")
-    assert len(workflow.train_dataset) > 0 and workflow.max_epochs == read_yaml(Path(files("training", profile)[-1]))["max_epochs"]
+    assert (
+        len(workflow.train_dataset) > 0 and workflow.max_epochs == read_yaml(Path(files("training", profile)[-1]))["max_epochs"]
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("profile", [None, "tiny"])
-def test_inference_has_every_property_monai_asks_for(make_cohort: Callable[..., Cohort], tmp_path: Path, profile: str | None) -> None:
+def test_inference_has_every_property_monai_asks_for(
+    make_cohort: Callable[..., Cohort], tmp_path: Path, profile: str | None
+) -> None:
     from monai.bundle import ConfigWorkflow
     from tiny_run import NO_REFERENCE, train
 

@@ -94,7 +94,9 @@ def test_sigterm_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
         ("intake", "folder", "--out", "c", "--window", "low,high"),
     ],
 )
-def test_wrong_usage_is_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_is_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
     stage(monkeypatch, RECORD)
     assert run(monkeypatch, *arguments) == 2
     out, err = capsys.readouterr()
@@ -104,13 +106,33 @@ def test_wrong_usage_is_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def test_train_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = stage(monkeypatch, RECORD)
-    assert run(monkeypatch, *TRAIN, "--profile", "tiny", "--seed", "3", "--set", "batch_size=4", "--set", "learning_rate=1e-4", "--json") == 0
+    assert (
+        run(
+            monkeypatch,
+            *TRAIN,
+            "--profile",
+            "tiny",
+            "--seed",
+            "3",
+            "--set",
+            "batch_size=4",
+            "--set",
+            "learning_rate=1e-4",
+            "--json",
+        )
+        == 0
+    )
     ((bundle, name, profile, overrides),) = calls
     assert (bundle, name, profile) == ("guided_ddpm", "training", "tiny")
     assert overrides["dataset_dir"] == "c"
     assert overrides["output_dir"] == "runs/r"
     assert (overrides["seed"], overrides["batch_size"], overrides["learning_rate"]) == (3, 4, 1e-4)
-    assert json.loads(capsys.readouterr().out) == {"out": "r", "iterations": 7, "weights_sha256": "ab" * 32, "config_sha256": "cd" * 32}
+    assert json.loads(capsys.readouterr().out) == {
+        "out": "r",
+        "iterations": 7,
+        "weights_sha256": "ab" * 32,
+        "config_sha256": "cd" * 32,
+    }
 
 
 def test_generate_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +145,9 @@ def test_generate_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch
     assert json.loads(capsys.readouterr().out)["per_class"] == {"a": 1, "b": 2}
 
 
-def test_missing_cohort_is_3_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_cohort_is_3_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "train", "guided_ddpm", "--cohort", "nowhere", "--out", "r", "--profile", "tiny") == 3
     err = capsys.readouterr().err
@@ -142,7 +166,9 @@ def test_version_and_bundles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("command", ["intake", "train", "generate", "gate", "grade", "augment", "quickstart", "bundles"])
-def test_every_command_has_help_with_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_every_command_has_help_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert f"Example: medaug {command}" in capsys.readouterr().out
 

@@ -61,7 +61,11 @@ def test_monai_reads_the_file_as_it_is(real: Cohort) -> None:
 
 
 def test_counts_and_groups(real: Cohort) -> None:
-    assert [sum(real.class_counts(split)[label] for split in ("training", "validation", "test")) for label in range(3)] == [12, 12, 12]
+    assert [sum(real.class_counts(split)[label] for split in ("training", "validation", "test")) for label in range(3)] == [
+        12,
+        12,
+        12,
+    ]
     assert not real.groups("training") & real.groups("test")
 
 

@@ -123,5 +123,10 @@ def test_error_survives_a_process_boundary() -> None:
     import pickle
 
     error = pickle.loads(pickle.dumps(StorageError("disk-full", "No space.")))
-    assert (type(error), error.code, error.message, str(error)) == (StorageError, "disk-full", "No space.", "[disk-full] No space.")
+    assert (type(error), error.code, error.message, str(error)) == (
+        StorageError,
+        "disk-full",
+        "No space.",
+        "[disk-full] No space.",
+    )
     assert json.dumps(error.code)

@@ -55,7 +55,12 @@ def test_unknown_profile_key_is_refused_with_a_hint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "code"),
-    [("a: 1\na: 2\n", "key given twice: a"), ("a: {b: 1, b: 2}\n", "key given twice: b"), ("- 1\n", "must hold keys"), ("a: [\n", "not valid YAML")],
+    [
+        ("a: 1\na: 2\n", "key given twice: a"),
+        ("a: {b: 1, b: 2}\n", "key given twice: b"),
+        ("- 1\n", "must hold keys"),
+        ("a: [\n", "not valid YAML"),
+    ],
 )
 def test_bad_yaml_is_refused(tmp_path: Path, text: str, code: str) -> None:
     (tmp_path / "p.yaml").write_text(text)

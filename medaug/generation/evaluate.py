@@ -53,7 +53,10 @@ class EvaluationSession:
         """
         check_run(self.record, self.cohort)
         folder = Path(self.output_dir)
-        with storage.locked(folder), track("evaluation", name=f"evaluation {self.record.weights_sha256[:8]}", **self.tracking) as run:
+        with (
+            storage.locked(folder),
+            track("evaluation", name=f"evaluation {self.record.weights_sha256[:8]}", **self.tracking) as run,
+        ):
             judge = train_filter(self.cohort, folder / "judge", seed=self.seed + 1, report_test=True)
             samples, labels = self._sample()
             metrics = measure(samples, labels, self.cohort, judge)
@@ -95,10 +98,14 @@ def measure(samples: Tensor, labels: Sequence[int], cohort: Cohort, judge: Label
     synthetic = features_of(extractor, samples.split(128))
     test = features_of(extractor, image_batches(cohort, cohort.test))
     training = features_of(extractor, image_batches(cohort, cohort.training))
-    estimates: dict[str, Estimate] = {"kid": kid(test, synthetic), "kid_floor": kid(test, training)} | neighbourhood_metrics(test, synthetic)
+    estimates: dict[str, Estimate] = {"kid": kid(test, synthetic), "kid_floor": kid(test, training)} | neighbourhood_metrics(
+        test, synthetic
+    )
     metrics: dict[str, Any] = {}
     for name, estimate in estimates.items():
-        metrics |= {name: estimate.value, f"{name}_std": estimate.std} | ({f"{name}_note": estimate.note} if estimate.note else {})
+        metrics |= {name: estimate.value, f"{name}_std": estimate.std} | (
+            {f"{name}_note": estimate.note} if estimate.note else {}
+        )
     agree = judge_agreement(judge, samples.split(128), labels)
     return metrics | {
         "label_agreement": agree,

@@ -38,11 +38,15 @@ class PlanBatches(Dataset[dict[str, Any]]):
         output_dir: synthetic cohort's folder; a batch whose images all exist there is left out.
     """
 
-    def __init__(self, cohort: Cohort, plan: Sequence[Sequence[PlannedCase]], batch_size: int, output_dir: Path | None = None) -> None:
+    def __init__(
+        self, cohort: Cohort, plan: Sequence[Sequence[PlannedCase]], batch_size: int, output_dir: Path | None = None
+    ) -> None:
         self.cohort = cohort
         images = None if output_dir is None else Path(output_dir) / "images"
         todo = batches(plan, batch_size)
-        self.batches = [batch for batch in todo if images is None or not all((images / f"{case.id}.png").is_file() for case in batch)]
+        self.batches = [
+            batch for batch in todo if images is None or not all((images / f"{case.id}.png").is_file() for case in batch)
+        ]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -118,7 +122,9 @@ class GenerationSession:
             with track("generation", name=f"generation {self.record.bundle} {config_sha[:8]}", **self.tracking) as run:
                 run.log_params({"bundle": self.record.bundle, "weights_sha256": self.record.weights_sha256, "seed": self.seed})
                 run.log_params({f"sampler.{name}": value for name, value in self.sampler.settings().items()})
-                run.log_metrics({f"planned.{name}": len(cases) for name, cases in zip(self.cohort.classes, self.plan, strict=True)}, step=0)
+                run.log_metrics(
+                    {f"planned.{name}": len(cases) for name, cases in zip(self.cohort.classes, self.plan, strict=True)}, step=0
+                )
                 self._make(folder / "images")
                 cohort = self._write(self.plan, folder, config_sha)
                 run.log_image(sheet(cohort, self.cohort), "samples", step=0)
@@ -196,12 +202,14 @@ def check_run(record: RunRecord, cohort: Cohort) -> None:
     if (record.classes, record.image_size, record.channels) != (cohort.classes, cohort.image_size, cohort.channels):
         raise ConfigError(
             "class-mismatch",
-            f"The run was trained for classes {list(record.classes)} at {record.image_size} px, the cohort has {list(cohort.classes)} at {cohort.image_size} px.",
+            f"The run was trained for classes {list(record.classes)} at {record.image_size} px, "
+            f"the cohort has {list(cohort.classes)} at {cohort.image_size} px.",
         )
     held_out = (cohort.groups("validation") | cohort.groups("test")) & set(record.fit_groups)
     if held_out:
         raise LeakageError(
-            "fit-on-held-out", f"The run was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort."
+            "fit-on-held-out",
+            f"The run was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort.",
         )
 
 
@@ -213,7 +221,9 @@ def save_batch(samples: Tensor, cases: Sequence[PlannedCase], folder: Path) -> N
     """
     for case, image in zip(cases, samples, strict=True):
         if not torch.isfinite(image).all():
-            raise DataError("sample-not-finite", f"Sample {case.id} holds NaN or infinite values; the weights are not usable, train again.")
+            raise DataError(
+                "sample-not-finite", f"Sample {case.id} holds NaN or infinite values; the weights are not usable, train again."
+            )
         path = folder / f"{case.id}.png"
         if not path.is_file():
             write_unit_png(path, restore(image))
@@ -226,7 +236,10 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             raise ConfigError("folder-not-empty", f"The output folder {folder.name} holds another cohort; choose a new one.")
         storage.write_json(path, dict(identity))
     elif storage.sha256_json(storage.read_json(path)) != storage.sha256_json(identity):
-        raise ConfigError("generation-other-config", f"{folder.name} holds images of another run or other sampler settings; choose a new output folder.")
+        raise ConfigError(
+            "generation-other-config",
+            f"{folder.name} holds images of another run or other sampler settings; choose a new output folder.",
+        )
 
 
 def read_synthetic(folder: Path) -> Cohort:
@@ -237,7 +250,9 @@ def read_synthetic(folder: Path) -> Cohort:
     """
     cohort = read_cohort(folder)
     if not all(case.is_synthetic for case in cohort.cases()):
-        raise DataError("not-synthetic", f"{Path(folder).name} holds real images; a synthetic cohort from `medaug generate` was expected.")
+        raise DataError(
+            "not-synthetic", f"{Path(folder).name} holds real images; a synthetic cohort from `medaug generate` was expected."
+        )
     return cohort
 
 

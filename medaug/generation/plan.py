@@ -35,7 +35,10 @@ class PlannedCase:
 
 
 def quotas(
-    cohort: Cohort, synthetic_per_real: float | None = None, allocation: str = "proportional", fixed: Mapping[str, int] | None = None
+    cohort: Cohort,
+    synthetic_per_real: float | None = None,
+    allocation: str = "proportional",
+    fixed: Mapping[str, int] | None = None,
 ) -> list[int]:
     """Number of images per class.
 
@@ -55,10 +58,15 @@ def quotas(
     if allocation == "fixed":
         unknown = set(fixed or {}) - set(cohort.classes)
         if not fixed or unknown:
-            raise ConfigError("allocation-fixed", f"Fixed counts need class names of {list(cohort.classes)}, got {sorted(fixed or {})}.")
+            raise ConfigError(
+                "allocation-fixed", f"Fixed counts need class names of {list(cohort.classes)}, got {sorted(fixed or {})}."
+            )
         return check_counts(cohort, [fixed.get(name, 0) for name in cohort.classes])
     if not sum(real):
-        raise DataError("training-empty", "The training split holds no image, so no share of it can be made; use a cohort with training images.")
+        raise DataError(
+            "training-empty",
+            "The training split holds no image, so no share of it can be made; use a cohort with training images.",
+        )
     if synthetic_per_real is None or not 0 < synthetic_per_real < math.inf:
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be a positive number, got {synthetic_per_real!r}.")
     total = round(synthetic_per_real * sum(real))
@@ -96,12 +104,20 @@ def make_plan(cohort: Cohort, counts: Sequence[int], seed: int, weights_sha256: 
     """
     plan: list[list[PlannedCase]] = []
     for label, count in enumerate(counts):
-        cases = sorted((case for case in cohort.training if case.label == label and not case.is_synthetic), key=lambda case: case.id)
+        cases = sorted(
+            (case for case in cohort.training if case.label == label and not case.is_synthetic), key=lambda case: case.id
+        )
         if count and not cases:
-            raise DataError("class-empty", f"Class {cohort.classes[label]!r} has no training image to refer to; add some or set its count to 0.")
+            raise DataError(
+                "class-empty",
+                f"Class {cohort.classes[label]!r} has no training image to refer to; add some or set its count to 0.",
+            )
         order = numpy_generator(seed, "reference", label).permutation(len(cases))
         plan.append(
-            [PlannedCase(_case_id(weights_sha256, seed, label, n), label, n, cases[int(order[n % len(cases)])]) for n in range(count)]
+            [
+                PlannedCase(_case_id(weights_sha256, seed, label, n), label, n, cases[int(order[n % len(cases)])])
+                for n in range(count)
+            ]
         )
     return plan
 
@@ -129,7 +145,9 @@ def check_counts(cohort: Cohort, counts: Sequence[int]) -> list[int]:
     """
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     if len(counts) != len(cohort.classes) or not whole:
-        raise ConfigError("counts-invalid", f"counts must hold one whole number per class ({len(cohort.classes)}), got {list(counts)}.")
+        raise ConfigError(
+            "counts-invalid", f"counts must hold one whole number per class ({len(cohort.classes)}), got {list(counts)}."
+        )
     return list(counts)
 
 

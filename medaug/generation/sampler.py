@@ -82,7 +82,9 @@ class GuidedSampler:
     def __post_init__(self) -> None:
         if isinstance(self.objective, Mapping):
             self.objective = build_objective(self.objective)
-        bottleneck_noise(torch.zeros(1, 1), torch.zeros(1, 1), self.bottleneck_scale, self.bottleneck_mode)  # refuses now, not hours later
+        bottleneck_noise(
+            torch.zeros(1, 1), torch.zeros(1, 1), self.bottleneck_scale, self.bottleneck_mode
+        )  # refuses now, not hours later
         schedule = self.objective.schedule
         self.timesteps = spaced_timesteps(schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
         self.step_function = choose("step", STEPS, self.step, self.step_options)
@@ -90,7 +92,18 @@ class GuidedSampler:
 
     def settings(self) -> dict[str, Any]:
         """What a lineage records of the sampler."""
-        names = ("step", "num_inference_steps", "spacing", "sigma_min", "sigma_max", "guidance_scale", "bottleneck_scale", "bottleneck_mode", "clip", "seed")
+        names = (
+            "step",
+            "num_inference_steps",
+            "spacing",
+            "sigma_min",
+            "sigma_max",
+            "guidance_scale",
+            "bottleneck_scale",
+            "bottleneck_mode",
+            "clip",
+            "seed",
+        )
         return {name: getattr(self, name) for name in names} | {"step_options": dict(self.step_options)}
 
     @torch.no_grad()
@@ -124,8 +137,12 @@ class GuidedSampler:
         denoiser = self._denoiser(network, objective, ids, labels, features)
         return sample(denoiser, x_T, self.timesteps, self.step_function, schedule=objective.schedule, noise=noise, clip=self.clip)
 
-    def _denoiser(self, network: GuidedUNet, objective: NoiseObjective, ids: list[str], labels: Tensor | None, features: Tensor | None) -> Denoiser:
-        def conditioned(t: int, labels: Tensor | None, features: Tensor | None, keep: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def _denoiser(
+        self, network: GuidedUNet, objective: NoiseObjective, ids: list[str], labels: Tensor | None, features: Tensor | None
+    ) -> Denoiser:
+        def conditioned(
+            t: int, labels: Tensor | None, features: Tensor | None, keep: Tensor | None
+        ) -> Callable[[Tensor, Tensor], Tensor]:
             def perturb(h: Tensor) -> Tensor:
                 draw = randn_batch(h.shape[1:], ids, self.seed, "bottleneck", t).to(h)
                 return bottleneck_noise(h, draw.repeat(len(h) // len(ids), 1, 1, 1), self.bottleneck_scale, self.bottleneck_mode)
@@ -142,8 +159,12 @@ class GuidedSampler:
             both_labels = None if labels is None else torch.cat([labels, torch.full_like(labels, int(network.num_classes or 0))])
             both_features = None if features is None else features.repeat(2, 1, 1, 1)
             keep = torch.arange(2 * len(ids), device=x_t.device) < len(ids)
-            both = objective.parameterisation.denoise(conditioned(t, both_labels, both_features, keep), x_t.repeat(2, 1, 1, 1), level)
-            cond, uncond = (Prediction(*(value[part] for value in both)) for part in (slice(None, len(ids)), slice(len(ids), None)))
+            both = objective.parameterisation.denoise(
+                conditioned(t, both_labels, both_features, keep), x_t.repeat(2, 1, 1, 1), level
+            )
+            cond, uncond = (
+                Prediction(*(value[part] for value in both)) for part in (slice(None, len(ids)), slice(len(ids), None))
+            )
             return classifier_free(cond, uncond, self.guidance_scale)
 
         return denoise

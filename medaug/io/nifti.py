@@ -61,15 +61,18 @@ def _open(path: Path) -> nib.Nifti1Image:
             if len(data) < size:
                 break
             holder = FileHolder(fileobj=io.BytesIO(data))
-            _check_length(kind.header_class(data[:size], check=False), len(data))
+            _check_raw_header(kind.header_class(data[:size], check=False), len(data))
             return kind.from_file_map({"header": holder, "image": holder})
     raise DataError(
         "image-unreadable", "The file is no single-file NIfTI (.nii or .nii.gz); convert it, for example with dcm2niix."
     )
 
 
-def _check_length(header: nib.Nifti1Header, num_bytes: int) -> None:
-    """Check sizes by the raw header fields, since nibabel would trust them."""
+def _check_raw_header(header: nib.Nifti1Header, num_bytes: int) -> None:
+    """Check the fields as they are in the file, since nibabel would trust or replace them."""
+    # 0 and NaN mean "no scaling"; nibabel takes infinity for that too
+    if np.isinf(float(header["scl_slope"])) or np.isinf(float(header["scl_inter"])):
+        raise DataError("rescale-invalid", "The NIfTI scl_slope and scl_inter must be finite numbers; repair the header.")
     num_dims = int(header["dim"][0])
     if not 1 <= num_dims <= 7:
         raise DataError("shape-invalid", f"The NIfTI header declares {num_dims} dimensions; 2 or 3 were expected.")
@@ -116,9 +119,6 @@ def _orientation(image: nib.Nifti1Image) -> np.ndarray:
 
 
 def _check_values(image: nib.Nifti1Image, shape: tuple[int, int, int]) -> None:
-    slope, inter = image.dataobj.slope, image.dataobj.inter  # type: ignore[attr-defined] # an ArrayProxy
-    if not np.isfinite([slope, inter]).all():
-        raise DataError("rescale-invalid", "The NIfTI scl_slope and scl_inter must be finite numbers; repair the header.")
     for index in range(shape[2]):
         # float64 to float32 and large scales may overflow, so look at what will be handed out
         limits.check_finite(_plane(image, shape, axis=2, index=index))

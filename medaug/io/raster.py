@@ -14,7 +14,7 @@ from medaug.errors import DataError
 from medaug.io import limits
 from medaug.io.picture import Picture
 
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "WEBP")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow opens MPO through JPEG
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
 
@@ -53,7 +53,7 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
     # Pillow warns above its own pixel cap; ours is lower and comes first.
     with limits.decoding("raster"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             limits.check_shape((image.height, image.width, len(image.getbands())))
             kind = str(image.format)
             # A multi-picture JPEG (MPO) is one photograph with previews; TIFF pages and WebP frames are several images.
@@ -65,6 +65,14 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
                 )
             image.load()
             return _as_array(ImageOps.exif_transpose(image)), kind
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:  # beyond twice Pillow's own cap
+        message = f"The header declares more pixels than the cap of {limits.MAX_PIXELS}; crop or shrink the image first."
+        raise DataError("image-too-large", message) from None
 
 
 def _as_array(image: Image.Image) -> np.ndarray:

@@ -35,10 +35,14 @@ def build_guided_unet(settings: Mapping[str, Any], in_channels: int, num_classes
         raise ConfigError("backbone-unknown", f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}.")
     labels = num_classes if settings.get("class_conditional") else None
     try:
-        unet: Any = BACKBONES[name](in_channels=in_channels, out_channels=in_channels, num_classes=labels, **settings.get("backbone_options") or {})
+        unet: Any = BACKBONES[name](
+            in_channels=in_channels, out_channels=in_channels, num_classes=labels, **settings.get("backbone_options") or {}
+        )
         reference = settings.get("reference")
         if reference is None:
             return GuidedUNet(unet, None)
-        return GuidedUNet(unet, ReferenceEncoder(stride=unet.bottleneck_stride, num_classes=num_classes, in_channels=in_channels, **reference))
+        return GuidedUNet(
+            unet, ReferenceEncoder(stride=unet.bottleneck_stride, num_classes=num_classes, in_channels=in_channels, **reference)
+        )
     except TypeError as error:
         raise ConfigError("setting-unknown", f"A network setting is not known: {error}.") from error

@@ -57,7 +57,8 @@ def save_checkpoint(path: Path, state: TrainingState, *, epoch: int, iteration: 
         "config_sha256": config_sha256,
     }
     data = safetensors.torch.save(
-        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, metadata={"medaug": json.dumps(header)}
+        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+        metadata={"medaug": json.dumps(header)},
     )
     storage.write_bytes(path, data)
 
@@ -73,7 +74,9 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
             header = json.loads((file.metadata() or {})["medaug"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ConfigError("checkpoint-unreadable", f"{path.name} is not a whole medaug checkpoint; delete it to train from the start.") from error
+        raise ConfigError(
+            "checkpoint-unreadable", f"{path.name} is not a whole medaug checkpoint; delete it to train from the start."
+        ) from error
     if header.get("config_sha256") != config_sha256:
         raise ConfigError(
             "checkpoint-other-config",
@@ -83,7 +86,9 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
         state.network.load_state_dict(_part(tensors, "network/"))
         state.ema.network.load_state_dict(_part(tensors, "ema/"))
     except RuntimeError as error:
-        raise ConfigError("checkpoint-other-network", f"{path.name} belongs to another network; choose another output folder.") from error
+        raise ConfigError(
+            "checkpoint-other-network", f"{path.name} belongs to another network; choose another output folder."
+        ) from error
     state.ema.num_updates = header["ema_updates"]
     slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["optimizer"].items()}
     for name, value in _part(tensors, "optimizer/").items():
@@ -100,6 +105,8 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if isinstance(value, int | float | str | list | bool) and name != "lr_lambdas"} | {
-        "lr_lambdas": [None for _ in state.get("lr_lambdas", [])]
-    }
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, int | float | str | list | bool) and name != "lr_lambdas"
+    } | {"lr_lambdas": [None for _ in state.get("lr_lambdas", [])]}

@@ -62,7 +62,9 @@ class ReferencePairs(Dataset[dict[str, Any]]):
         self.reference = reference
         self.seed = seed
         self.shift = shift
-        self.by_label = {label: [i for i, case in enumerate(self.cases) if case.label == label] for label in range(len(cohort.classes))}
+        self.by_label = {
+            label: [i for i, case in enumerate(self.cases) if case.label == label] for label in range(len(cohort.classes))
+        }
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -118,7 +120,9 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
 
     def __init__(self, num_cases: int, batch_size: int, seed: int = 0) -> None:
         if num_cases < 1 or batch_size < 1:
-            raise ConfigError("batch-invalid", f"Training needs at least one case and a batch size of 1, got {num_cases} and {batch_size}.")
+            raise ConfigError(
+                "batch-invalid", f"Training needs at least one case and a batch size of 1, got {num_cases} and {batch_size}."
+            )
         self.num_cases = num_cases
         self.batch_size = batch_size
         self.seed = seed

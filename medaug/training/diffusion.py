@@ -86,7 +86,10 @@ class GuidedIteration:
             losses = guided_losses(network, engine.inferer, engine.loss_function, batch, self, engine.state.device)
         total = losses["loss_noise"] + self.label_loss_weight * losses["loss_label"]
         if not torch.isfinite(total):
-            raise ConfigError("training-diverged", f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.")
+            raise ConfigError(
+                "training-diverged",
+                f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.",
+            )
         engine.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), self.max_gradient_norm)
@@ -94,7 +97,11 @@ class GuidedIteration:
         self.scheduler.step()
         self.ema.update(network)
         values = {name: float(value.detach()) for name, value in losses.items()}
-        return values | {"loss": float(total.detach()), "gradient_norm": float(norm), "learning_rate": self.scheduler.get_last_lr()[0]}
+        return values | {
+            "loss": float(total.detach()),
+            "gradient_norm": float(norm),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+        }
 
 
 def guided_losses(
@@ -110,7 +117,7 @@ def guided_losses(
     keys = [(int(i), int(j)) for i, j in zip(batch["iteration"], batch["position"], strict=True)]
     noise = randn_batch(images.shape[1:], keys, step.seed, "noise").to(device)
     level = objective.draw(step.seed, "level", keys, device)
-    conditioned: Callable[[Tensor, Tensor], Tensor] = network
+    conditioned: Callable[..., Tensor] = network
     if network.num_classes is not None:
         keep_label = keep_mask(step.label_dropout, [(step.seed, "label-drop", *key) for key in keys]).to(device)
         conditioned = partial(network, class_labels=torch.where(keep_label, labels, network.num_classes))
@@ -135,7 +142,9 @@ def _training_perturbation(step: GuidedIteration, keys: list[tuple[int, int]]) -
     return perturb
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: int, final_share: float = 0.01) -> torch.optim.lr_scheduler.LambdaLR:
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: int, final_share: float = 0.01
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then a half cosine down to `final_share` of the learning rate at `num_steps`."""
 
     def share(step: int) -> float:
@@ -164,7 +173,15 @@ def make_learning_rate_schedule(
     return schedule
 
 
-OBJECTIVE_SETTINGS = ("parameterisation", "parameterisation_options", "schedule", "num_train_timesteps", "schedule_options", "weighting", "weighting_options")
+OBJECTIVE_SETTINGS = (
+    "parameterisation",
+    "parameterisation_options",
+    "schedule",
+    "num_train_timesteps",
+    "schedule_options",
+    "weighting",
+    "weighting_options",
+)
 
 
 def build_objective(settings: Mapping[str, Any]) -> NoiseObjective:
@@ -179,11 +196,22 @@ def build_objective(settings: Mapping[str, Any]) -> NoiseObjective:
     """
     unknown = set(settings) - set(OBJECTIVE_SETTINGS)
     if unknown:
-        raise ConfigError("setting-unknown", f"Unknown diffusion setting(s) {sorted(unknown)}; known are {list(OBJECTIVE_SETTINGS)}.")
+        raise ConfigError(
+            "setting-unknown", f"Unknown diffusion setting(s) {sorted(unknown)}; known are {list(OBJECTIVE_SETTINGS)}."
+        )
     weighting = settings.get("weighting")
     return NoiseObjective(
-        parameterisation=choose("parameterisation", PARAMETERISATIONS, settings.get("parameterisation", "epsilon"), settings.get("parameterisation_options")),
-        schedule=make_schedule(settings.get("schedule", "linear_beta"), settings.get("num_train_timesteps", 1000), **settings.get("schedule_options") or {}),
+        parameterisation=choose(
+            "parameterisation",
+            PARAMETERISATIONS,
+            settings.get("parameterisation", "epsilon"),
+            settings.get("parameterisation_options"),
+        ),
+        schedule=make_schedule(
+            settings.get("schedule", "linear_beta"),
+            settings.get("num_train_timesteps", 1000),
+            **settings.get("schedule_options") or {},
+        ),
         weighting=None if weighting is None else choose("weighting", WEIGHTINGS, weighting, settings.get("weighting_options")),
     )
 

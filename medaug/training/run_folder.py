@@ -73,7 +73,12 @@ def new_record(bundle: str, cohort: Cohort, settings: Mapping[str, Any], seed: i
 
 def write_run(folder: Path, record: RunRecord, network: nn.Module, iterations: int) -> RunRecord:
     """Write weights, then the record that names their sha256; the record's presence means the run is finished."""
-    metadata = {"bundle": record.bundle, "num_classes": str(len(record.classes)), "image_size": str(record.image_size), "medaug": __version__}
+    metadata = {
+        "bundle": record.bundle,
+        "num_classes": str(len(record.classes)),
+        "image_size": str(record.image_size),
+        "medaug": __version__,
+    }
     sha = save_weights(folder / WEIGHTS_FILE, network, metadata)
     record = replace(record, weights_sha256=sha, iterations=iterations)
     storage.write_json(folder / RUN_FILE, asdict(record))
@@ -88,13 +93,17 @@ def read_run(folder: Path) -> RunRecord:
     """
     folder = Path(folder)
     if not (folder / RUN_FILE).is_file():
-        raise DataError("run-missing", f"{folder.name} holds no finished training run (no {RUN_FILE}); train first with `medaug train`.")
+        raise DataError(
+            "run-missing", f"{folder.name} holds no finished training run (no {RUN_FILE}); train first with `medaug train`."
+        )
     data = storage.read_json(folder / RUN_FILE)
     try:
         record = RunRecord(**data)
         return replace(record, classes=tuple(record.classes), fit_groups=tuple(record.fit_groups))
     except TypeError as error:
-        raise ConfigError("run-malformed", f"{RUN_FILE} of {folder.name} is not one this medaug wrote ({str(error)[:100]}); train again.") from error
+        raise ConfigError(
+            "run-malformed", f"{RUN_FILE} of {folder.name} is not one this medaug wrote ({str(error)[:100]}); train again."
+        ) from error
 
 
 def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str] | None = None) -> nn.Module:
@@ -106,7 +115,8 @@ def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str
     """
     if expected_classes is not None and tuple(expected_classes) != tuple(record.classes):
         raise ConfigError(
-            "class-mismatch", f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}."
+            "class-mismatch",
+            f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}.",
         )
     settings = dict(record.settings["network"])
     if settings.get("reference"):  # the start weights are in the trained ones; their file may be gone
@@ -117,5 +127,8 @@ def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str
         raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")
     load_weights(path, network, {"num_classes": str(len(record.classes))})
     if storage.sha256_file(path) != record.weights_sha256:
-        raise ConfigError("weights-changed", f"{WEIGHTS_FILE} is not the file that {RUN_FILE} names (sha256 differs); restore it or train again.")
+        raise ConfigError(
+            "weights-changed",
+            f"{WEIGHTS_FILE} is not the file that {RUN_FILE} names (sha256 differs); restore it or train again.",
+        )
     return network.eval()

@@ -84,7 +84,8 @@ class TrainingSession:
     def _finished(self, found: RunRecord, wanted: RunRecord) -> RunRecord:
         if found.config_sha256 != wanted.config_sha256:
             raise ConfigError(
-                "run-other-config", "The output folder holds a finished run with other settings or another cohort; choose another output folder."
+                "run-other-config",
+                "The output folder holds a finished run with other settings or another cohort; choose another output folder.",
             )
         return found
 
@@ -97,7 +98,14 @@ class TrainingSession:
         return epoch, iteration
 
     def _describe(self, run: Run, record: RunRecord) -> None:
-        run.log_params({"bundle": self.bundle, "seed": self.seed, "cohort_sha256": self.cohort.content_sha256, "config_sha256": record.config_sha256})
+        run.log_params(
+            {
+                "bundle": self.bundle,
+                "seed": self.seed,
+                "cohort_sha256": self.cohort.content_sha256,
+                "config_sha256": record.config_sha256,
+            }
+        )
         run.log_params(flatten(self.settings))
         run.log_dict({"bundle": self.bundle, "settings": dict(self.settings), "seed": self.seed}, "config.json")
         run.log_cohort(self.cohort, "training")
@@ -110,7 +118,8 @@ class TrainingSession:
             return
         with progress("training", total, completed=iteration) as advance:
             means = EpochMeans()
-            self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: (means.add(engine.state.output), advance(1)))
+            self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: means.add(engine.state.output))
+            self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: advance(1))
             self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: self._end_of_epoch(engine, run, record, means))
             if iteration:
                 self.trainer.load_state_dict({"epoch": epoch, "max_epochs": state.max_epochs, "epoch_length": length})

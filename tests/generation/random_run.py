@@ -14,7 +14,12 @@ from medaug.networks.build import build_guided_unet
 from medaug.training.run_folder import RunRecord, new_record, write_run
 
 DIFFUSION = {"parameterisation": "edm", "schedule": "karras", "num_train_timesteps": 1000}
-NETWORK = {"backbone": "lean", "class_conditional": True, "backbone_options": BACKBONE, "reference": {"feature": "blocks", "pretrained_path": None}}
+NETWORK = {
+    "backbone": "lean",
+    "class_conditional": True,
+    "backbone_options": BACKBONE,
+    "reference": {"feature": "blocks", "pretrained_path": None},
+}
 
 
 def new_network(seed: int = 0) -> Any:

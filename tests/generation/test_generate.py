@@ -19,13 +19,26 @@ from medaug.generation.plan import make_plan
 from medaug.networks.reference_encoder import ReferenceEncoder
 from medaug.workflow import run_stage
 
-SAMPLER = {"step": "dpm_solver_pp_2m", "num_inference_steps": 3, "spacing": "karras", "sigma_min": 0.01, "sigma_max": 80.0, "bottleneck_scale": 0.1}
+SAMPLER = {
+    "step": "dpm_solver_pp_2m",
+    "num_inference_steps": 3,
+    "spacing": "karras",
+    "sigma_min": 0.01,
+    "sigma_max": 80.0,
+    "bottleneck_scale": 0.1,
+}
 
 
 def generate(world: World, out: Path, counts: list[int] | None, **overrides: Any) -> Cohort:
     """`medaug generate` in this process."""
     paths = {"dataset_dir": str(world.cohort.root), "run_dir": str(world.run), "output_dir": str(out)}
-    plain = {"counts": counts, "generation_batch_size": 4, "sampler_settings": SAMPLER, "device_name": "cpu", "tracking": {"enabled": False}}
+    plain = {
+        "counts": counts,
+        "generation_batch_size": 4,
+        "sampler_settings": SAMPLER,
+        "device_name": "cpu",
+        "tracking": {"enabled": False},
+    }
     made: Cohort = run_stage("guided_ddpm", "generating", None, paths | plain | overrides)
     return made
 
@@ -118,7 +131,9 @@ def test_seed_and_weights_change_the_images(world: World, tmp_path: Path) -> Non
     assert not {case.id for case in first.training} & {case.id for case in other.training}
 
 
-def test_encoder_runs_once_per_reference_in_a_whole_generation(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_runs_once_per_reference_in_a_whole_generation(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = 0
     features = ReferenceEncoder.features
 
@@ -176,7 +191,11 @@ def test_run_of_other_classes_is_refused(world: World, make_cohort: Callable[...
 
 def test_folder_of_another_run_or_sampler_is_refused(world: World, tmp_path: Path) -> None:
     generate(world, tmp_path / "s", [1, 0, 0])
-    for changes in ({"seed": 1}, {"sampler_settings": SAMPLER | {"sigma_max": 40.0}}, {"sampler_settings": SAMPLER | {"bottleneck_scale": 0.0}}):
+    for changes in (
+        {"seed": 1},
+        {"sampler_settings": SAMPLER | {"sigma_max": 40.0}},
+        {"sampler_settings": SAMPLER | {"bottleneck_scale": 0.0}},
+    ):
         with pytest.raises(ConfigError, match="generation-other-config"):
             generate(world, tmp_path / "s", [1, 0, 0], **changes)
     with pytest.raises(ConfigError, match="generation-other-config"):

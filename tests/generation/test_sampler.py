@@ -37,7 +37,9 @@ def draw(network: Any, count: int = 2, *, start: int = 0, seed: int = 0, **setti
     return make_sampler(DIFFUSION, SETTINGS | settings, seed)(request(count, start), network)
 
 
-@pytest.mark.parametrize("settings", [{}, {"step": "ancestral"}, {"step": "ddim", "step_options": {"eta": 1.0}}, {"guidance_scale": 2.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"step": "ancestral"}, {"step": "ddim", "step_options": {"eta": 1.0}}, {"guidance_scale": 2.0}]
+)
 def test_sample_does_not_depend_on_its_batch(network: Any, settings: dict[str, Any]) -> None:
     whole = draw(network, 8, **settings)
     alone = torch.cat([draw(network, 1, start=n, **settings) for n in range(8)])
@@ -59,7 +61,9 @@ def test_bottleneck_noise_changes_the_image_and_zero_leaves_it_out(network: Any)
     assert torch.equal(draw(network, bottleneck_scale=0.0), calm)
     distances = [float((draw(network, bottleneck_scale=scale) - calm).abs().mean()) for scale in (1e-5, 0.1, 1.0)]
     assert distances[0] < 1e-3 < distances[1] < distances[2]
-    assert not torch.allclose(draw(network, bottleneck_scale=0.1, bottleneck_mode="absolute"), draw(network, bottleneck_scale=0.1), atol=1e-4)
+    assert not torch.allclose(
+        draw(network, bottleneck_scale=0.1, bottleneck_mode="absolute"), draw(network, bottleneck_scale=0.1), atol=1e-4
+    )
 
 
 def test_image_follows_its_reference_and_its_class(network: Any) -> None:

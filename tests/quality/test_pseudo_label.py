@@ -111,11 +111,12 @@ def test_filter_reports_its_accuracy_and_is_trained_once(tmp_path, make_cohort, 
     facts = json.loads(facts_path.read_text())
     assert facts["validation"]["n"] == len(cohort.validation) and facts["test"]["n"] == len(cohort.test)
     assert np.sum(facts["validation"]["confusion"]) == len(cohort.validation)
-    assert facts["temperature"] == first.temperature != 1
+    assert facts["fitted_temperature"] == first.temperature != 1
 
     monkeypatch.setattr(pseudo_label, "fit_classifier", lambda *args, **options: pytest.fail("trained twice"))
     again = train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=True, report_test=True)
     assert (first.cached, again.cached) == (False, True)
+    assert train_filter(cohort, tmp_path / "f", recipe=RECIPE).temperature == 1  # calibration is no part of the training
     cases = list(cohort.test)
     assert again.judge(cohort, cases, 0.5) == first.judge(cohort, cases, 0.5)
 

@@ -78,7 +78,9 @@ def test_file_is_safetensors_and_json_and_nothing_else(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"network", "ema", "optimizer", "random"}
     assert (header["epoch"], header["iteration"], header["ema_updates"], header["config_sha256"]) == (1, 1, 1, "x")
     length = int.from_bytes((tmp_path / "c").read_bytes()[:8], "little")
-    tensors = sum(row["data_offsets"][1] - row["data_offsets"][0] for name, row in _header(tmp_path / "c").items() if name != "__metadata__")
+    tensors = sum(
+        row["data_offsets"][1] - row["data_offsets"][0] for name, row in _header(tmp_path / "c").items() if name != "__metadata__"
+    )
     assert (tmp_path / "c").stat().st_size == 8 + length + tensors  # no room for anything pickled
 
 

@@ -16,7 +16,10 @@ from medaug.errors import ConfigError, DataError
 from medaug.networks.build import build_guided_unet
 from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE, RunRecord, load_network, new_record, read_run, write_run
 
-SETTINGS: dict[str, Any] = {"network": {"backbone": "lean", "backbone_options": BACKBONE, "reference": None}, "diffusion": {"schedule": "karras"}}
+SETTINGS: dict[str, Any] = {
+    "network": {"backbone": "lean", "backbone_options": BACKBONE, "reference": None},
+    "diffusion": {"schedule": "karras"},
+}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from medaug import storage
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError, StorageError
 from medaug.io.raster import read_unit_png
+from medaug.training.checkpoint import FILE_NAME
 from medaug.training.diffusion import GuidedIteration
 from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE
 from medaug.training.session import EpochMeans, choose_device, flatten, new_network
@@ -49,7 +50,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, iteration: int, error: type[BaseExc
 
 
 @pytest.mark.parametrize("iteration", [2, 3, 6])
-def test_interrupted_run_ends_with_the_same_bytes(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+def test_interrupted_run_ends_with_the_same_bytes(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iteration: int
+) -> None:
     whole = train(cohort, tmp_path / "whole", more=NO_REFERENCE)
     with monkeypatch.context() as patch:
         stop_at(patch, iteration)
@@ -62,7 +65,9 @@ def test_interrupted_run_ends_with_the_same_bytes(cohort: Cohort, tmp_path: Path
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole") == whole.weights_sha256
 
 
-def test_rare_checkpoints_and_sample_sheets_change_nothing(cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_checkpoints_and_sample_sheets_change_nothing(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(cohort, tmp_path / "whole", more=NO_REFERENCE)
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
@@ -108,7 +113,7 @@ def test_run_killed_five_times_ends_with_the_same_bytes(cohort: Cohort, tmp_path
     for _ in range(40):
         if kills == 5:
             break
-        killed = fork_training(cohort, tmp_path / "killed", moments.uniform(0.15, 0.7) * duration)
+        killed = fork_training(cohort, tmp_path / "killed", moments.uniform(0.05, 0.45) * duration)
         assert killed in (-9, 0)
         if killed == 0:  # finished between two kills: begin once more, the law holds for each
             assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
@@ -117,6 +122,7 @@ def test_run_killed_five_times_ends_with_the_same_bytes(cohort: Cohort, tmp_path
                     path.unlink()
         kills += killed == -9
     assert kills == 5
+    assert (tmp_path / "killed" / "checkpoint" / FILE_NAME).is_file()  # the last start goes on, it does not begin
     assert fork_training(cohort, tmp_path / "killed", None) == 0
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
     assert (tmp_path / "killed" / RUN_FILE).read_bytes() == (tmp_path / "whole" / RUN_FILE).read_bytes()
@@ -155,7 +161,9 @@ def test_joint_loss_trains_encoder_and_network(cohort: Cohort, tmp_path: Path) -
 
     trained = load_network(tmp_path / "run", record)
     fresh = new_network(record.settings["network"], cohort, 0)
-    moved = {name.split(".")[0] for name, value in trained.named_parameters() if not torch.equal(value, fresh.get_parameter(name))}
+    moved = {
+        name.split(".")[0] for name, value in trained.named_parameters() if not torch.equal(value, fresh.get_parameter(name))
+    }
     assert moved >= {"unet", "reference_encoder", "fusion"}
 
 
