@@ -115,8 +115,10 @@ def main() -> None:
     row["versions"] = {name: version(name) for name in ("medaug", "monai", "torch")}
     if not options.no_record:
         record(row, RESULTS / "train_step.json")
-    print(f"ratio {row['ratio_median']:.3f} (quartiles {row['ratio_quartiles'][0]:.3f} to {row['ratio_quartiles'][1]:.3f}), "
-          f"ours {row['seconds_ours_median']:.3f} s, MONAI {row['seconds_theirs_median']:.3f} s per step")
+    print(
+        f"ratio {row['ratio_median']:.3f} (quartiles {row['ratio_quartiles'][0]:.3f} to {row['ratio_quartiles'][1]:.3f}), "
+        f"ours {row['seconds_ours_median']:.3f} s, MONAI {row['seconds_theirs_median']:.3f} s per step"
+    )
 
 
 if __name__ == "__main__":

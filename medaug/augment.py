@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from medaug import storage
-from medaug.cohort import Cohort, read_cohort
+from medaug.cohort import read_cohort
 from medaug.generation.plan import quotas
 from medaug.quality.gate import GateResult
 from medaug.stages import gate_synthetic, grade_arms, take_in
@@ -63,11 +63,31 @@ def run_augment(
         settings["allow_short"] = allow_short
     out = Path(out)
     with storage.locked(out):
-        cohort = read_cohort(cohort_dir)
         common = {"dataset_dir": str(cohort_dir), "seed": seed, "tracking": tracking}
         record = run_stage(bundle, "training", profile, stage_overrides["training"] | common | {"output_dir": str(out / "run")})
         generating = stage_overrides["generating"] | common | {"run_dir": str(out / "run"), "output_dir": str(out / "synthetic")}
-        gated = _generate_until_enough(bundle, profile, generating, cohort, cohort_dir, out, settings, seed, tracking)
+        config = load_config(bundle, "generating", profile) | generating
+        cohort = read_cohort(cohort_dir)
+        quota = config["counts"] or quotas(cohort, config["synthetic_per_real"], config["allocation"], config["fixed"])
+
+        def generate(counts: list[int]) -> None:
+            run_stage(bundle, "generating", profile, generating | {"counts": counts})
+
+        def judge(allow_short: bool) -> GateResult:
+            return gate_synthetic(
+                out / "synthetic",
+                cohort_dir,
+                out / "accepted",
+                threshold=settings["gate_threshold"],
+                filter_recipe=settings["filter"],
+                seed=seed,
+                quotas=quota,
+                filter_dir=out / "filter",
+                allow_short=allow_short,
+                tracking=tracking,
+            )
+
+        gated = _generate_until_enough(generate, judge, quota, settings, out / "counts.json")
         result = grade_arms(
             cohort_dir,
             out / "benchmark",
@@ -91,40 +111,33 @@ def run_augment(
 
 
 def _generate_until_enough(
-    bundle: str,
-    profile: str | None,
-    generating: dict[str, Any],
-    cohort: Cohort,
-    cohort_dir: Path,
-    out: Path,
+    generate: Callable[[list[int]], None],
+    judge: Callable[[bool], GateResult],
+    quota: Sequence[int],
     settings: Mapping[str, Any],
-    seed: int,
-    tracking: Mapping[str, Any],
+    memory: Path,
 ) -> GateResult:
-    """Generate more of the classes whose accepted images fall short, up to `max_attempts` per image wanted."""
-    config = load_config(bundle, "generating", profile) | generating
-    quota = config["counts"] or quotas(cohort, config["synthetic_per_real"], config["allocation"], config["fixed"])
+    """Generate more of the classes whose accepted images fall short, up to `max_attempts` per image wanted.
+
+    Args:
+        generate: makes the images of a plan with these counts per class.
+        judge: runs the gate; its argument allows a missed quota.
+        quota: accepted images wanted per class.
+        settings: see `DEFAULTS`.
+        memory: where the last counts are kept, so that a repeated job does not start with a smaller plan.
+    """
     most = [math.ceil(settings["max_attempts"] * count) for count in quota]
-    counts = [min(limit, math.ceil(settings["first_attempts"] * count)) for count, limit in zip(quota, most, strict=True)]
+    first = [math.ceil(settings["first_attempts"] * count) for count in quota]
+    counts = storage.read_json(memory) if memory.is_file() else first
+    counts = [min(limit, count) for count, limit in zip(counts, most, strict=True)]
     while True:
-        run_stage(bundle, "generating", profile, generating | {"counts": counts})
-        last = all(count == limit for count, limit in zip(counts, most, strict=True))
-        gated = gate_synthetic(
-            out / "synthetic",
-            cohort_dir,
-            out / "accepted",
-            threshold=settings["gate_threshold"],
-            filter_recipe=settings["filter"],
-            seed=seed,
-            quotas=quota,
-            filter_dir=out / "filter",
-            allow_short=settings["allow_short"] or not last,
-            tracking=tracking,
-        )
+        storage.write_json(memory, counts)
+        generate(counts)
+        gated = judge(True)
         accepted = [entry.accepted for entry in gated.acceptance]
         more = [next_count(*numbers) for numbers in zip(accepted, counts, quota, most, strict=True)]
-        if last or more == counts:
-            return gated
+        if more == counts:
+            return judge(False) if gated.short and not settings["allow_short"] else gated
         counts = more
 
 

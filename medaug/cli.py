@@ -125,7 +125,12 @@ def intake(
         dry_run=dry_run,
     )
     result = take_in(options, tracking=_tracking(tracking_uri))
-    summary: dict[str, Any] = {"out": out.name, "content_sha256": result.cohort.content_sha256, "counts": result.counts, "leak": result.leak}
+    summary: dict[str, Any] = {
+        "out": out.name,
+        "content_sha256": result.cohort.content_sha256,
+        "counts": result.counts,
+        "leak": result.leak,
+    }
     summary |= {"quarantine": result.quarantine, "notes": result.notes, "dry_run": dry_run}
     _show(summary, as_json, _intake_text(result, out))
 
@@ -272,7 +277,7 @@ def augment(
         seed=seed,
         tracking=_tracking(tracking_uri),
     )
-    _show(result, as_json, _verdict_text(result, out / "benchmark"))
+    _show(result, as_json, _short_text(result) + _verdict_text(result, out / "benchmark"))
 
 
 @app.command()
@@ -289,7 +294,7 @@ def quickstart(
     from medaug.augment import run_quickstart
 
     result = run_quickstart(out, seed=seed, tracking=_tracking(tracking_uri))
-    _show(result, as_json, _verdict_text(result, out / "job" / "benchmark"))
+    _show(result, as_json, _short_text(result) + _verdict_text(result, out / "job" / "benchmark"))
 
 
 @bundles_app.callback()
@@ -319,6 +324,13 @@ def bundles_copy(
 
     copied = copy_bundle(name, folder)
     _show({"copied": name, "to": copied.name}, as_json, f"Copied {name} to {copied}.")
+
+
+def _short_text(result: dict[str, Any]) -> str:
+    short = [entry for entry in result["acceptance"] if entry["name"] in result["short"]]
+    return "".join(
+        f"Too few images of {row['name']} passed the gate: {row['accepted']} of {row['quota']} wanted.\n" for row in short
+    )
 
 
 def _intake_text(result: Any, out: Path) -> str:

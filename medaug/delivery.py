@@ -29,6 +29,8 @@ QUEUE_SECONDS = 1.0  # longest wait of the work for a place in a full queue, onc
 PATIENCE_SECONDS = 8.0  # at the end of a run: longest wait without any progress
 FIRST_USE_SECONDS = 60.0  # the same while MLflow makes the tables of a new database
 
+_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # the kind the user interface knows for model training
+
 _log = logging.getLogger("medaug.tracking")
 _live: set[str] = set()  # run ids of this process
 
@@ -218,7 +220,7 @@ def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     if found is None:
         database = sqlite_path(uri)
         location = (database.parent / "mlartifacts").as_uri() if database else None
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=_VIEW))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)

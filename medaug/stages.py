@@ -27,7 +27,13 @@ def take_in(options: IntakeOptions, *, tracking: Mapping[str, Any] | None = None
         return run_intake(options, progress=progress)
     with track("intake", name=f"intake {storage.sha256_json(options.config())[:8]}", **tracking or {"enabled": False}) as run:
         result = run_intake(options, progress=progress)
-        run.log_params({"config_sha256": result.cohort.created_by["config_sha256"], "cohort_sha256": result.cohort.content_sha256, **options.config()})
+        run.log_params(
+            {
+                "config_sha256": result.cohort.created_by["config_sha256"],
+                "cohort_sha256": result.cohort.content_sha256,
+                **options.config(),
+            }
+        )
         run.log_cohort(result.cohort, "intake")
         run.log_dict(result.counts, "counts.json")
         run.log_dict(result.leak, "leak.json")
@@ -105,8 +111,16 @@ def grade_arms(
     """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
     from medaug.grading.grade import grade
 
-    names = networks if networks == "all" else [name.strip() for name in networks.split(",")] if isinstance(networks, str) else list(networks)
-    with track("grading", name=f"grading {storage.sha256_json([names, seeds, profile])[:8]}", **tracking or {"enabled": False}) as run:
+    names = (
+        networks
+        if networks == "all"
+        else [name.strip() for name in networks.split(",")]
+        if isinstance(networks, str)
+        else list(networks)
+    )
+    with track(
+        "grading", name=f"grading {storage.sha256_json([names, seeds, profile])[:8]}", **tracking or {"enabled": False}
+    ) as run:
         run.log_params({"arms": [arm.split("=")[0] for arm in arms], "networks": names, "seeds": seeds, "profile": profile})
         run.log_cohort(read_cohort(cohort), "grading")
         result = grade(cohort, out, arms, names, seeds, profile, progress=True, command=command, tracking=run)

@@ -116,7 +116,11 @@ def judge(
         control = against_control.get(arm)
         seeds = _seed_differences(predictions, arm, metric)
         # The interval covers the choice of test patients, not the luck of training: seeds that disagree are no evidence.
-        helped = _above(against_none[arm], holm_none[arm]) and (control is None or _above(control, holm_control[arm])) and min(seeds) > 0
+        helped = (
+            _above(against_none[arm], holm_none[arm])
+            and (control is None or _above(control, holm_control[arm]))
+            and min(seeds) > 0
+        )
         harmed = against_none[arm].high < 0 and max(seeds) < 0
         verdict = "helps" if helped else "harms" if harmed else "no evidence"
         networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}

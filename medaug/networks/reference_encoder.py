@@ -70,6 +70,8 @@ class ReferenceEncoder(nn.Module):
         )
         if feature == "conv_head":
             self.out_channels = HEAD_CHANNELS
+        # Depthwise convolutions: half the time on the CPU, and the layout tensor cores want.
+        self.trunk = self.trunk.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
         if pretrained_path is not None:
@@ -104,9 +106,10 @@ class ReferenceEncoder(nn.Module):
                 f"The reference encoder expects images (B, {self.in_channels}, H, W), got {tuple(images.shape)}.",
             )
         unit = (images + 1) / 2
-        return (unit.expand(-1, 3, -1, -1) - self.mean) / self.std
+        return ((unit.expand(-1, 3, -1, -1) - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _at_stride(self, features: Tensor, images: Tensor) -> Tensor:
+        features = features.contiguous()  # the U-Net's own layout
         if not self._resizes:
             return features
         # Strided convolutions round up, in the trunk as in the U-Nets.

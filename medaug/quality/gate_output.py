@@ -155,4 +155,4 @@ def log_gate(run: Run | None, context: GateContext, verdicts: Sequence[Verdict],
     run.log_table(summary["acceptance"], "gate_acceptance")
     run.log_table([{**row, "reasons": " ".join(row["reasons"])} for row in summary["verdicts"]], "gate_verdicts")
     for step, sheet in enumerate(class_sheets(context.cohort, context.synthetic, summary["verdicts"])):
-        run.log_image(sheet, "gate real, accepted, quarantined, rejected", step)
+        run.log_image(sheet, "gate/real accepted quarantined rejected", step)

@@ -155,8 +155,7 @@ class LabelFilter:
 def default_recipe() -> ClassifierRecipe:
     """The filter is trained as carefully as a grader: whole-pixel shifts only, and long enough to be sure of what it knows.
 
-    On four-class chest CT at 32 px, half of the steps at a third of the rate left it so unsure that it accepted 3 % of the
-    real test images of one class at the paper's threshold.
+    With half of the steps at a third of the rate it was less accurate on validation, and too unsure for the paper's threshold.
     """
     return ClassifierRecipe(
         num_steps=1200, batch_size=32, learning_rate=3e-3, evaluate_every=50, policy="weak", class_balanced=True

@@ -91,13 +91,19 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
         ) from error
     state.ema.num_updates = header["ema_updates"]
     slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["optimizer"].items()}
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     for name, value in _part(tensors, "optimizer/").items():
         index, slot = name.split("/", 1)
-        slots.setdefault(int(index), {})[slot] = value
+        slots.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
     state.optimizer.load_state_dict({"state": slots, "param_groups": header["param_groups"]})
     state.scheduler.load_state_dict(header["scheduler"])
     torch.set_rng_state(tensors["random/torch"])
     return int(header["epoch"]), int(header["iteration"])
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` in the memory layout of its parameter: another layout may round differently, and the bytes would part ways."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -58,7 +58,8 @@ class GuidedIteration:
         seed: first part of every key.
         label_loss_weight: lambda, 0.1 as published.
         condition_dropout: share of images whose reference features become the null feature, per image.
-        label_dropout: share of images whose class becomes NULL, per image (classifier-free guidance).
+        label_dropout: share of images whose class becomes NULL, per image (classifier-free guidance). The same draw
+            decides on the reference, so that guidance finds a network that knows both conditions gone.
         bottleneck_noise_train: relative scale of Gaussian noise on the bottleneck while training; 0 is off.
         max_gradient_norm: clip.
     """
@@ -119,12 +120,12 @@ def guided_losses(
     level = objective.draw(step.seed, "level", keys, device)
     conditioned: Callable[..., Tensor] = network
     if network.num_classes is not None:
-        keep_label = keep_mask(step.label_dropout, [(step.seed, "label-drop", *key) for key in keys]).to(device)
+        keep_label = keep_mask(step.label_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
         conditioned = partial(network, class_labels=torch.where(keep_label, labels, network.num_classes))
     loss_label = torch.zeros((), device=device)
     if network.with_fusion:
         features, logits = network.reference(batch["reference"].to(device))
-        keep = keep_mask(step.condition_dropout, [(step.seed, "reference-drop", *key) for key in keys]).to(device)
+        keep = keep_mask(step.condition_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
         conditioned = partial(conditioned, features=features, keep_reference=keep)
         loss_label = label_loss(logits, labels)
     if step.bottleneck_noise_train > 0:

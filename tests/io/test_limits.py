@@ -13,14 +13,22 @@ def test_check_file_refuses_what_is_no_file_of_fair_size(tmp_path):
     (tmp_path / "empty").touch()
     (tmp_path / "full").write_bytes(b"12345")
     assert limits.check_file(tmp_path / "full") == 5
-    for name, cap, code in (("absent", 10, "file-missing"), (".", 10, "file-missing"), ("empty", 10, "image-empty"), ("full", 4, "image-too-large")):
+    for name, cap, code in (
+        ("absent", 10, "file-missing"),
+        (".", 10, "file-missing"),
+        ("empty", 10, "image-empty"),
+        ("full", 4, "image-too-large"),
+    ):
         with pytest.raises(DataError) as caught:
             limits.check_file(tmp_path / name, cap)
         assert caught.value.code == code
         assert tmp_path.name not in str(caught.value)
 
 
-@pytest.mark.parametrize(("shape", "code"), [((0, 3), "shape-invalid"), ((-2, 3), "shape-invalid"), ((), "shape-invalid"), ((2**31, 2**31), "image-too-large")])
+@pytest.mark.parametrize(
+    ("shape", "code"),
+    [((0, 3), "shape-invalid"), ((-2, 3), "shape-invalid"), ((), "shape-invalid"), ((2**31, 2**31), "image-too-large")],
+)
 def test_check_shape_refuses(shape, code):
     with pytest.raises(DataError) as caught:
         limits.check_shape(shape)
@@ -45,7 +53,12 @@ def test_inflate_of_a_cut_stream_is_truncated():
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(EOFError(), "image-truncated"), (OSError("image file is truncated"), "image-truncated"), (MemoryError(), "image-too-large"), (ValueError("DOE^JANE"), "image-unreadable")],
+    [
+        (EOFError(), "image-truncated"),
+        (OSError("image file is truncated"), "image-truncated"),
+        (MemoryError(), "image-too-large"),
+        (ValueError("DOE^JANE"), "image-unreadable"),
+    ],
 )
 def test_decoding_hides_the_text_of_a_decoder(error, code):
     with pytest.raises(DataError) as caught, limits.decoding("test"):
