@@ -182,6 +182,20 @@ def _refuse_crossing_groups(cohort: Cohort) -> None:
             "group-in-two-splits",
             f"{len(crossing)} group(s) are in more than one split ({_some(crossing)}); split again by group.",
         )
+    for what in ("patient", "image"):
+        _refuse_shared(cohort, what)
+
+
+def _refuse_shared(cohort: Cohort, what: str) -> None:
+    home: dict[str, str] = {}
+    for split in SPLITS:
+        for case in cohort.split(split):
+            value = getattr(case, what)
+            if value and home.setdefault(value, split) != split:
+                raise LeakageError(
+                    f"{what}-in-two-splits",
+                    f"Case {case.id} of {split} shares its {what} with a case of {home[value]}; split again by group.",
+                )
 
 
 def check_lineage(cohort: Cohort, case: Case) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from medaug import assets
 from medaug.errors import ConfigError, MedaugError
 
 STAGES = {"training": "train.yaml", "generating": "inference.yaml", "evaluating": "evaluate.yaml"}
+MAX_VALUES = 10_000
 PROFILE_SECTIONS = ("augment",)  # read by `medaug augment`, not by a bundle
 
 
@@ -29,8 +32,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError("override-malformed", f"--set takes KEY=VALUE, got {pair!r}.")
         try:
-            parsed[key.strip().replace("::", "#")] = yaml.load(value, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError as error:
+            parsed[key.strip().replace("::", "#")] = load_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError("override-malformed", f"The value of --set {key} is not YAML.") from error
     return parsed
 
@@ -58,6 +61,8 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
                 raise _unknown(f"Profile key {key!r}", key, known)
         for key, value in overlay.items():
             if key.lstrip("+") in config:
+                if not key.startswith("+"):
+                    _check_kind(key, config[key], value)
                 _lay_over(config, key, value)
     return config
 
@@ -84,13 +89,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: unreadable, not a mapping, or a key twice.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("config-missing", f"The configuration {path.name} cannot be read.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("config-malformed", f"{path.name} is not valid YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError("config-malformed", f"{path.name} must hold keys and values, got {type(content).__name__}.")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError("config-malformed", f"{path.name} must hold named keys and values, got {type(content).__name__}.")
+    return content
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data from YAML text.
+
+    Raises:
+        yaml.YAMLError: not YAML, a key twice, or aliases that multiply to more than `MAX_VALUES` values.
+    """
+    content = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    waiting, seen = [content], 0
+    while waiting:
+        part = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values; aliases may not multiply")
+        waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
     return content
 
 
@@ -121,6 +143,8 @@ def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Ma
     """
     from monai.bundle import ConfigParser
 
+    for name in ("ignite.engine.engine.SupervisedTrainer", "ignite.engine.engine.SupervisedEvaluator"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their traceback before our sentence helps nobody
     parser = ConfigParser(load_config(bundle, stage, profile))
     for key, value in (overrides or {}).items():
         if key not in parser:
@@ -129,12 +153,17 @@ def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Ma
         parser[key] = value
     try:
         parser.parse()
-        results = parser.get_parsed_content(stage)
-    except (RuntimeError, ValueError, KeyError) as error:
-        own = own_error(error)
-        if own is None:
-            raise
-        raise own from error
+        session = parser.get_parsed_content("session")
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        cause = root_cause(error)
+        fallback = ConfigError(
+            "config-value", f"The {stage} settings cannot be used ({type(cause).__name__}: {str(cause)[:200]})."
+        )
+        raise own_error(error) or fallback from error
+    try:
+        results = parser.get_parsed_content(stage) if session is not None else []
+    except RuntimeError as error:
+        raise own_error(error) or error from error
     return results[-1]
 
 
@@ -147,7 +176,8 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
         if isinstance(old, kind):
             if not isinstance(new, allowed) or (kind is not bool and isinstance(new, bool)):
                 raise ConfigError(
-                    "config-value", f"Configuration key {key!r} is {old!r} by default and takes the like, got {new!r}."
+                    "config-value",
+                    f"Configuration key {key!r} is {reprlib.repr(old)} by default and takes the like, got {reprlib.repr(new)}.",
                 )
             return
 
@@ -189,6 +219,13 @@ def own_error(error: BaseException | None) -> MedaugError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first exception of a chain."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return error
 
 
 def _unknown(what: str, key: str, known: set[str]) -> ConfigError:

@@ -262,3 +262,12 @@ def test_unknown_split_and_missing_root_are_refused(real: Cohort) -> None:
         real.split("train")
     with pytest.raises(DataError, match="cohort-unrooted"):
         replace(real, root=None).path(real.training[0])
+
+
+@pytest.mark.parametrize("what", ["patient", "image"])
+def test_a_patient_or_an_image_in_two_splits_is_leakage(make_cohort: Callable[..., Cohort], tmp_path: Path, what: str) -> None:
+    cohort = make_cohort(tmp_path / "cohort")
+    same = replace(cohort.test[0], **{what: "one"})
+    other = replace(cohort.training[0], **{what: "one"})
+    with pytest.raises(LeakageError, match=f"{what}-in-two-splits"):
+        validate(cohort.with_cases(training=(other, *cohort.training[1:]), test=(same, *cohort.test[1:])))

@@ -58,7 +58,7 @@ def test_unknown_profile_key_is_refused_with_a_hint(tmp_path: Path) -> None:
     [
         ("a: 1\na: 2\n", "key given twice: a"),
         ("a: {b: 1, b: 2}\n", "key given twice: b"),
-        ("- 1\n", "must hold keys"),
+        ("- 1\n", "must hold named keys"),
         ("a: [\n", "not valid YAML"),
     ],
 )
@@ -135,3 +135,26 @@ def test_stage_refuses_unknown_keys_and_unwraps_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cohort-missing"):
         run_stage("guided_ddpm", "training", "tiny", {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out")})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[&a [x,x,x,x,x,x],&b [*a,*a,*a,*a,*a,*a],&c [*b,*b,*b,*b,*b,*b],&d [*c,*c,*c,*c,*c,*c],&e [*d,*d,*d,*d,*d,*d]]",
+        "&a [*a]",
+        "2024-13-45",
+        "[" * 3000,
+    ],
+)
+def test_bombs_and_impossible_values_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="override-malformed"):
+        parse_overrides([f"batch_size={value}"])
+
+
+def test_profile_values_have_the_kind_of_the_default(tmp_path: Path) -> None:
+    (tmp_path / "word.yaml").write_text("batch_size: four\n")
+    with pytest.raises(ConfigError, match="config-value"):
+        load_config("guided_ddpm", "training", str(tmp_path / "word.yaml"))
+    (tmp_path / "number.yaml").write_text("3: 4\n")
+    with pytest.raises(ConfigError, match="config-malformed"):
+        load_config("guided_ddpm", "training", str(tmp_path / "number.yaml"))

@@ -146,7 +146,7 @@ class GenerationSession:
             self.evaluator.run()
 
     def _write(self, plan: Sequence[Sequence[PlannedCase]], folder: Path, config_sha: str) -> Cohort:
-        cases = tuple(self._case(planned, config_sha) for label in plan for planned in label)
+        cases = tuple(self._case(planned, config_sha, folder) for label in plan for planned in label)
         kept = {case.image for case in cases}
         for path in (folder / "images").glob("*.png"):
             if f"images/{path.name}" not in kept:
@@ -167,7 +167,7 @@ class GenerationSession:
         )
         return write_cohort(cohort, folder)
 
-    def _case(self, planned: PlannedCase, config_sha: str) -> Case:
+    def _case(self, planned: PlannedCase, config_sha: str, folder: Path) -> Case:
         lineage = {
             "bundle": self.record.bundle,
             "weights_sha256": self.record.weights_sha256,
@@ -179,6 +179,7 @@ class GenerationSession:
             "noise": {"bottleneck_scale": self.sampler.bottleneck_scale, "bottleneck_mode": self.sampler.bottleneck_mode},
             "sampler": self.sampler.settings(),
             "fit_on": self.record.fit_on,
+            "image_sha256": storage.sha256_file(folder / "images" / f"{planned.id}.png"),
         }
         return Case(
             id=planned.id,
@@ -210,6 +211,12 @@ def check_run(record: RunRecord, cohort: Cohort) -> None:
         raise LeakageError(
             "fit-on-held-out",
             f"The run was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort.",
+        )
+    unknown = set(record.fit_groups) - cohort.groups("training")
+    if unknown:
+        raise LeakageError(
+            "fit-unknown",
+            f"The run was trained on {len(unknown)} group(s) that are not in this cohort's training split; use the cohort it was trained on.",
         )
 
 

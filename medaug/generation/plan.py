@@ -134,6 +134,8 @@ def plan_for(
     """The plan of a run: `make_plan` over `quotas`, or over `counts` (one per class) when they are given."""
     if counts is None:
         counts = quotas(cohort, synthetic_per_real, allocation, fixed)
+    if sum(counts) == 0:
+        raise ConfigError("counts-invalid", "The plan asks for no image at all; raise --per-real or the counts.")
     return make_plan(cohort, check_counts(cohort, counts), seed, record.weights_sha256)
 
 

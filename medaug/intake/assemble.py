@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from medaug import storage
 from medaug.cohort import SPLITS
 from medaug.errors import DataError
 from medaug.intake import duplicates
@@ -176,7 +177,7 @@ def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], set
         members[sets.find(index)].append(ordered[index])
     for group in members.values():
         patient_known = any(key[0] == "patient" for record in group for key in record.group_keys)
-        name = ("p" if patient_known else "g") + min(record.source for record in group)[:12]
+        name = ("p" if patient_known else "g") + _members_sha256(group)
         for record in group:
             record.group = name
     _name_patients(result.records)
@@ -194,14 +195,20 @@ def _how_grouped(number: int, keeps_splits: bool) -> str:
     return "patient-like groups were found from the pixels."
 
 
+def _members_sha256(records: Sequence[Record]) -> str:
+    """Name of a set of images: other members, as another grouping makes them, never share it."""
+    return storage.sha256_json(sorted([record.source, record.position] for record in records))[:12]
+
+
 def _name_patients(records: Sequence[Record]) -> None:
-    smallest: dict[str, str] = {}
+    members: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         for kind, value in record.group_keys:
             if kind == "patient":
-                smallest[value] = min(smallest.get(value, record.source), record.source)
+                members[value].append(record)
+    names_of = {value: "p" + _members_sha256(own) for value, own in members.items()}
     for record in records:
-        names = ["p" + smallest[value][:12] for kind, value in record.group_keys if kind == "patient"]
+        names = [names_of[value] for kind, value in record.group_keys if kind == "patient"]
         record.patient = min(names, default="")
 
 

@@ -18,6 +18,7 @@ from medaug.cohort import FILE_NAME, QUARANTINE_COLUMNS, SPLITS, Case, Cohort, c
 from medaug.errors import StorageError
 from medaug.intake import report
 from medaug.intake.assemble import Assembly, assemble, no_usable_image
+from medaug.intake.labels import read_rows
 from medaug.intake.read import Joiner, Quarantine, image_path, read_records
 from medaug.intake.records import IntakeOptions, IntakeResult, Record
 from medaug.intake.scan import Scan, partial_folder, scan, source_sha256
@@ -46,6 +47,8 @@ def run_intake(options: IntakeOptions, progress: Progress | None = None) -> Inta
         StorageError: `folder-not-empty` (the output holds something else), `folder-in-use`, disk full ...
     """
     options = options.checked()
+    if options.labels is not None:
+        read_rows(options)  # a wrong column or sheet shows before the source is read
     found = scan(options)
     source = source_sha256(found, options)
     if options.dry_run:
@@ -66,6 +69,10 @@ def _reserved(out: Path) -> Iterator[Path]:
     folder = partial_folder(out)
     if out.exists() and not out.is_dir():
         raise StorageError("folder-not-empty", "The output exists and is a file; choose another --out.")
+    if out.is_mount():
+        raise StorageError(
+            "out-is-mount", "The output folder is a mount point and cannot be replaced; name a new folder inside it."
+        )
     with storage.locked(folder):
         try:
             with storage.locked(out) if out.is_dir() else nullcontext():

@@ -146,7 +146,8 @@ def read_records(
                 if _prepare(record, picture, options, folder, taken, quarantine):
                     records.append(record)
         except DataError as error:
-            quarantine.add(quarantine_name(item), error.code, error.message)
+            known = [row.patient for row in joiner.table_rows(index, {})]  # the table may tell that the name is a patient's
+            quarantine.add(quarantine_name(item, known), error.code, error.message)
         advance(1)
     for row in joiner.unused():
         quarantine.add(

@@ -96,7 +96,7 @@ class IntakeOptions:
             raise ConfigError("key-unknown", f"--key must be one of {', '.join(KEYS)}, got {self.key!r}.")
         if not 8 <= self.image_size <= MAX_IMAGE_SIZE:
             raise ConfigError("image-size-invalid", f"--image-size must be 8 to {MAX_IMAGE_SIZE} pixels, got {self.image_size}.")
-        source, out = Path(self.source), Path(self.out)
+        source, out = Path(self.source), Path(self.out).resolve()
         source = source.parent if source.name.upper() == "DICOMDIR" else source
         if not source.exists():
             raise ConfigError("source-missing", "The source to take in does not exist; check the path.")
@@ -207,6 +207,8 @@ def public_name(item: Item, secrets: Sequence[str]) -> str:
     passes unless it holds one of the `secrets`: the patient's identifier, name, accession number.
     """
     base = item.path.name
+    if not base.isprintable():  # bytes that are no UTF-8, newlines, control characters
+        return ""
     if item.kind == "dicom" and not PLAIN_DICOM_NAME.fullmatch(base):
         return ""
     return "" if any(_reveals(base, secret) for secret in (item.patient, *secrets)) else base

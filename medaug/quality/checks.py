@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from medaug import storage
 from medaug.cohort import Case, Cohort
 from medaug.errors import DataError
 from medaug.io.raster import read_unit_png
@@ -138,6 +139,9 @@ def _usable(cohort: Cohort, case: Case) -> Finding:
         image = read_unit_png(cohort.path(case))
     except DataError as error:
         return Finding(REJECT, ((error.code, "The image cannot be read."),))
+    made = (case.lineage or {}).get("image_sha256")
+    if made is not None and storage.sha256_file(cohort.path(case)) != made:
+        return Finding(REJECT, (("image-changed", "The image is not the one that was generated."),))
     wanted = (cohort.image_size, cohort.image_size) + ((3,) if cohort.channels == 3 else ())
     if image.shape != wanted:
         return Finding(REJECT, (("image-size", f"The image has shape {image.shape}, {wanted} is needed."),))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from medaug.cohort import Cohort, check_against, created_by, read_cohort
 from medaug.errors import ConfigError, DataError
 from medaug.quality.checks import ACCEPT, CHECKS, Finding, GateContext
 from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_verdicts
-from medaug.quality.pseudo_label import PAPER_THRESHOLD
+from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
 from medaug.quality.verdicts import ClassAcceptance, Verdict, acceptance_per_class, combine, cut_to_quota
 from medaug.training.classifier import ClassifierRecipe
 
@@ -89,14 +89,14 @@ def run_gate(
     names = _check_names(checks)
     if not 0 <= threshold <= 1:
         raise ConfigError("threshold-invalid", f"The confidence threshold must be in [0, 1], got {threshold!r}.")
-    real, synthetic = read_cohort(cohort_dir), read_cohort(synthetic_dir)
+    real, synthetic = read_cohort(cohort_dir, verify=True), read_cohort(synthetic_dir)
     wanted = _quotas(quotas, real.classes)
     _check_inputs(real, synthetic, out)
     context = GateContext(real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate)
     with storage.locked(out):
         verdicts = cut_to_quota(_judge(context, names, progress), wanted)
         acceptance = acceptance_per_class(verdicts, real.classes, wanted)
-        filter_config = {"network": network, "seed": seed, "calibrate": calibrate}
+        filter_config = {"network": network, "seed": seed, "calibrate": calibrate, "recipe": asdict(recipe or default_recipe())}
         config = {"checks": names, "threshold": threshold, "quotas": wanted, **filter_config}
         summary = summary_of(context, names, verdicts, acceptance, config)
         write_verdicts(out, context, verdicts, summary)

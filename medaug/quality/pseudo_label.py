@@ -176,7 +176,7 @@ def train_filter(
 ) -> LabelFilter:
     """Train a filter on the real training split, or read the same one from `folder`.
 
-    Validation chooses the best step (and the temperature); test is never seen unless `report_test` asks for its accuracy.
+    Validation only measures it (and, if asked, gives the temperature); test is never seen unless `report_test` asks for its accuracy.
     The folder is named by the content of the cohort and every setting of the training, so another cohort or recipe never
     reuses a wrong filter, and another threshold or calibration needs no training.
 
@@ -255,7 +255,8 @@ def _fit(
     training = _real_training(cohort)
     validation = CaseImages(cohort, cohort.validation) if cohort.validation else None
     images = CaseImages(cohort, training)
-    result = fit_classifier(module, images, validation, recipe, key=(key, "fit"), device=device, on_eval=on_eval)
+    # No choice by validation: what has seen it could not be said to be fitted on the training groups alone.
+    result = fit_classifier(module, images, None, recipe, key=(key, "fit"), device=device, on_eval=on_eval)
     module.to("cpu").eval()
     logits = None if validation is None else predict_logits(module, validation)
     groups = sorted({case.group for case in training})

@@ -89,6 +89,16 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
         raise ConfigError(
             "checkpoint-other-network", f"{path.name} belongs to another network; choose another output folder."
         ) from error
+    try:
+        return _restore(header, tensors, state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise ConfigError(
+            "checkpoint-unreadable", f"{path.name} lacks a part of the training state; delete it to train from the start."
+        ) from error
+
+
+def _restore(header: Mapping[str, Any], tensors: Mapping[str, Tensor], state: TrainingState) -> tuple[int, int]:
+    """Everything but the networks' weights. Returns (epoch, iteration)."""
     state.ema.num_updates = header["ema_updates"]
     slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["optimizer"].items()}
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]

@@ -49,6 +49,12 @@ class RunRecord:
     iterations: int = 0
     version: str = __version__
 
+    @property
+    def sampler(self) -> Mapping[str, Any]:
+        """The sampler settings the run was trained for; none fall back to the sampler's own."""
+        found: Mapping[str, Any] = self.settings.get("sampler") or {}
+        return found
+
 
 def new_record(bundle: str, cohort: Cohort, settings: Mapping[str, Any], seed: int) -> RunRecord:
     """The record of a run that is about to start on the training split of `cohort`.
@@ -118,7 +124,9 @@ def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str
             "class-mismatch",
             f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}.",
         )
-    settings = dict(record.settings["network"])
+    settings = dict(record.settings.get("network") or {})
+    if not settings:
+        raise ConfigError("run-malformed", f"{RUN_FILE} does not say how its network is built; train again.")
     if settings.get("reference"):  # the start weights are in the trained ones; their file may be gone
         settings["reference"] = {**settings["reference"], "pretrained_path": None}
     network = build_guided_unet(settings, in_channels=record.channels, num_classes=len(record.classes))

@@ -65,6 +65,11 @@ class TrainingSession:
             StorageError: the folder is in use, or the disk is full.
             ConfigError: the folder holds a run with other settings; the loss is not finite.
         """
+        if min(self.trainer.state.max_epochs, self.trainer.state.epoch_length) < 1:
+            raise ConfigError(
+                "training-length-invalid",
+                f"max_epochs and epoch_length must be at least 1, got {self.trainer.state.max_epochs} and {self.trainer.state.epoch_length}.",
+            )
         folder = Path(self.output_dir)
         record = new_record(self.bundle, self.cohort, self.settings, self.seed)
         with storage.locked(folder):

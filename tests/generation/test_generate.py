@@ -17,6 +17,7 @@ from medaug.errors import ConfigError, DataError, LeakageError, StorageError
 from medaug.generation.generate import check_run, read_synthetic, save_batch, sheet
 from medaug.generation.plan import make_plan
 from medaug.networks.reference_encoder import ReferenceEncoder
+from medaug.quality.checks import CHECKS, GateContext
 from medaug.workflow import run_stage
 
 SAMPLER = {
@@ -245,3 +246,17 @@ def test_missing_run_and_real_cohort_are_refused(world: World, tmp_path: Path) -
         generate(replace(world, run=tmp_path), tmp_path / "s", [1, 0, 0])
     with pytest.raises(DataError, match="not-synthetic"):
         read_synthetic(world.cohort.root or tmp_path)
+
+
+def test_run_of_unknown_groups_is_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(LeakageError, match="fit-unknown"):
+        check_run(replace(world.record, fit_groups=(*world.record.fit_groups, "g-elsewhere")), world.cohort)
+
+
+def test_an_exchanged_image_is_rejected(world: World, tmp_path: Path) -> None:
+    made = generate(world, tmp_path / "s", [2, 2, 0])
+    first, second = made.training[:2]
+    (tmp_path / "s" / first.image).write_bytes((tmp_path / "s" / second.image).read_bytes())
+    context = GateContext(world.cohort, made, tmp_path / "filter", 0.8, None, "simple_cnn", 0, False)
+    verdicts = [finding.reasons[0][0] if finding.reasons else "" for finding in CHECKS["usable"](context, made.training)]
+    assert verdicts[0] == "image-changed" and verdicts[1] != "image-changed"

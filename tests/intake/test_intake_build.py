@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medaug import storage
 from medaug.cohort import read_cohort
-from medaug.errors import ConfigError, DataError, StorageError
+from medaug.errors import ConfigError, DataError, MedaugError, StorageError
 from medaug.intake.build import IntakeOptions, run_intake
 from medaug.io import raster
 
@@ -193,7 +195,7 @@ def test_patients_are_never_divided_and_stay_pseudonymous(tmp_path):
     cohort = take(source, tmp_path / "out", labels=tmp_path / "t.csv").cohort
     case = {case.name: case for case in cohort.cases()}
     assert case["0.png"].patient == case["1.png"].patient == case["0.png"].group
-    assert case["0.png"].patient == "p" + min(case["0.png"].source, case["1.png"].source)[:12]
+    assert re.fullmatch("p[0-9a-f]{12}", case["0.png"].patient)
     assert len({own.patient for own in cohort.cases()}) == 12
 
 
@@ -399,12 +401,12 @@ def test_wrong_options_are_refused(tmp_path, changes, code):
 
 
 def test_report_is_one_file_and_warns_of_a_leak(tmp_path):
-    # Five pictures of each "patient", each said to be a group of its own.
+    # Three pictures of each "patient", each said to be a group of its own.
     source, rows = tmp_path / "in", ["file,label,group"]
     generator = np.random.default_rng(0)
-    for patient in range(40):
+    for patient in range(80):
         base, label = generator.integers(20, 230, (20, 18)), generator.integers(0, 3)
-        for index in range(5):
+        for index in range(3):
             name = f"{patient}_{index}.png"
             save(source / name, (base + generator.integers(-9, 9, base.shape)).astype(np.uint8))
             rows.append(f"{name},{label},{name}")
@@ -412,8 +414,53 @@ def test_report_is_one_file_and_warns_of_a_leak(tmp_path):
     leaky = take(source, tmp_path / "leaky", labels=tmp_path / "t.csv", group_column="group")
     assert leaky.leak["level"] == "high" and leaky.cohort.notes["leak"]["warning"]
     found = take(source, tmp_path / "found", labels=tmp_path / "t.csv")
-    assert found.report["groups"]["number"] == 40
+    assert found.report["groups"]["number"] == 80
     assert found.leak["balanced_accuracy"] < 0.75 < leaky.leak["balanced_accuracy"]
     page = (tmp_path / "leaky" / "report.html").read_text()
     assert "Patients probably cross the split" in page and "http" not in page and page.count("data:image/png;base64,") >= 4
     assert json.loads((tmp_path / "leaky" / "report.json").read_text())["leak"] == leaky.leak
+
+
+def test_a_broken_file_named_after_its_patient_stays_unnamed(tmp_path):
+    source = fill(tmp_path / "in")
+    (source / "a" / "QUAGGA77.png").write_bytes(b"no picture")
+    rows = ["file,label,patient", "a/QUAGGA77.png,a,QUAGGA77"]
+    rows += [
+        f"{name}/{path.name},{name},p{path.stem}{name}"
+        for name in ("a", "b")
+        for path in (source / name).glob("*.png")
+        if "QUAGGA" not in path.name
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    result = take(source, tmp_path / "out", labels=tmp_path / "t.csv")
+    assert "image-unreadable" in codes(result).values()
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"QUAGGA" not in path.read_bytes()
+
+
+def test_names_that_are_no_text_do_not_stop_the_batch(tmp_path):
+    source = fill(tmp_path / "in")
+    save(tmp_path / "x.png", picture(9, 9)).rename(os.fsdecode(os.fsencode(source / "a") + b"/caf\xe9.png"))
+    (Path(os.fsdecode(os.fsencode(source / "b") + b"/bad\nname.png"))).write_bytes(b"")
+    result = take(source, tmp_path / "out")
+    assert len(result.cohort.cases()) == 17 and len(result.quarantine) == 1
+    assert (tmp_path / "out" / "quarantine.csv").read_text().count("\n") == 2
+
+
+def test_another_grouping_has_other_group_names(tmp_path):
+    source, rows = tmp_path / "in", ["file,label,fine,coarse"]
+    for index in range(24):
+        save(source / f"{index}.png", picture(5, index))
+        rows.append(f"{index}.png,{'ab'[index % 2]},{index},{index // 4}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    fine = take(source, tmp_path / "fine", labels=tmp_path / "t.csv", group_column="fine").cohort
+    coarse = take(source, tmp_path / "coarse", labels=tmp_path / "t.csv", group_column="coarse").cohort
+    assert not {case.group for case in fine.cases()} & {case.group for case in coarse.cases()}
+
+
+def test_a_wrong_column_shows_before_the_source_is_read(tmp_path, monkeypatch):
+    source = fill(tmp_path / "in")
+    (tmp_path / "t.csv").write_text("file,label\n")
+    monkeypatch.setattr("medaug.intake.build.scan", lambda options: pytest.fail("the source was scanned"))
+    with pytest.raises(MedaugError, match="column-missing"):
+        take(source, tmp_path / "out", labels=tmp_path / "t.csv", label_column="nowhere")

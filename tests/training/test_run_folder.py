@@ -126,3 +126,9 @@ def test_nan_weights_are_refused_and_no_record_is_written(cohort: Cohort, tmp_pa
 def test_record_holds_no_path(run: tuple[Path, RunRecord, torch.nn.Module]) -> None:
     folder, _, _ = run
     assert str(folder) not in json.dumps(json.loads((folder / RUN_FILE).read_text()))
+
+
+def test_record_without_network_settings_is_refused(run: tuple[Path, RunRecord, torch.nn.Module]) -> None:
+    folder, record, _ = run
+    with pytest.raises(ConfigError, match="run-malformed"):
+        load_network(folder, replace(record, settings={}))
