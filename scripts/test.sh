@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes or reuses .venv, installs the test extra and runs the tests. Arguments go to pytest; paths count from the repository.
+# Makes or reuses .venv, installs what the tests need (the retired monai-generative too, to compare with it) and runs them. Arguments go to pytest; paths count from the repository.
 #   bash scripts/test.sh [-m "not slow"] [tests/diffusion]
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-prepare_venv test
+prepare_venv test generative
 cd "$repository"
 
 export MLFLOW_DISABLE_TELEMETRY=true MPLBACKEND=Agg

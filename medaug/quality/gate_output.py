@@ -64,7 +64,7 @@ def summary_of(
     }
     if "pseudo_label" in names:
         facts = context.label_filter.facts
-        summary["filter"] = {key: facts[key] for key in _FILTER_FACTS if key in facts} | {"cached": context.label_filter.cached}
+        summary["filter"] = {key: facts[key] for key in _FILTER_FACTS if key in facts}
         summary["agreement"] = agreement(verdicts, len(classes))
     if "copies" in names and context.copies is not None:
         ruler = context.ruler

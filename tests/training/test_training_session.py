@@ -110,10 +110,11 @@ def test_run_killed_five_times_ends_with_the_same_bytes(cohort: Cohort, tmp_path
     assert fork_training(cohort, tmp_path / "whole", None) == 0
     duration = time.monotonic() - start
     moments, kills = random.Random(0), 0
+    checkpoint = tmp_path / "killed" / "checkpoint" / FILE_NAME
     for _ in range(40):
-        if kills == 5:
+        if kills >= 5 and checkpoint.is_file():  # the last start goes on, it does not begin
             break
-        killed = fork_training(cohort, tmp_path / "killed", moments.uniform(0.05, 0.45) * duration)
+        killed = fork_training(cohort, tmp_path / "killed", moments.uniform(0.1, 0.8) * duration)
         assert killed in (-9, 0)
         if killed == 0:  # finished between two kills: begin once more, the law holds for each
             assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
@@ -121,8 +122,7 @@ def test_run_killed_five_times_ends_with_the_same_bytes(cohort: Cohort, tmp_path
                 if path.is_file():
                     path.unlink()
         kills += killed == -9
-    assert kills == 5
-    assert (tmp_path / "killed" / "checkpoint" / FILE_NAME).is_file()  # the last start goes on, it does not begin
+    assert kills >= 5 and checkpoint.is_file()
     assert fork_training(cohort, tmp_path / "killed", None) == 0
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
     assert (tmp_path / "killed" / RUN_FILE).read_bytes() == (tmp_path / "whole" / RUN_FILE).read_bytes()
