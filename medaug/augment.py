@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from medaug.cohort import read_cohort
 from medaug.generation.plan import quotas
 from medaug.quality.gate import GateResult
 from medaug.stages import gate_synthetic, grade_arms, take_in
+from medaug.training.run_folder import RunRecord
 from medaug.workflow import load_config, run_stage, split_overrides
 
 ARMS = ("none", "crop_rotate", "oversample")
@@ -57,47 +59,16 @@ def run_augment(
     Raises:
         DataError: a class missed its quota (code `quota-missed`).  LeakageError, ConfigError, StorageError: see the stages.
     """
-    tracking = dict(tracking or {"enabled": False})
-    settings, stage_overrides = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
+    settings, stages = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
     if allow_short is not None:
         settings["allow_short"] = allow_short
-    out = Path(out)
-    with storage.locked(out):
-        common = {"dataset_dir": str(cohort_dir), "seed": seed, "tracking": tracking}
-        record = run_stage(bundle, "training", profile, stage_overrides["training"] | common | {"output_dir": str(out / "run")})
-        generating = stage_overrides["generating"] | common | {"run_dir": str(out / "run"), "output_dir": str(out / "synthetic")}
-        config = load_config(bundle, "generating", profile) | generating
-        cohort = read_cohort(cohort_dir)
-        quota = config["counts"] or quotas(cohort, config["synthetic_per_real"], config["allocation"], config["fixed"])
-
-        def generate(counts: list[int]) -> None:
-            run_stage(bundle, "generating", profile, generating | {"counts": counts})
-
-        def judge(allow_short: bool) -> GateResult:
-            return gate_synthetic(
-                out / "synthetic",
-                cohort_dir,
-                out / "accepted",
-                threshold=settings["gate_threshold"],
-                filter_recipe=settings["filter"],
-                seed=seed,
-                quotas=quota,
-                filter_dir=out / "filter",
-                allow_short=allow_short,
-                tracking=tracking,
-            )
-
-        gated = _generate_until_enough(generate, judge, quota, settings, out / "counts.json")
-        result = grade_arms(
-            cohort_dir,
-            out / "benchmark",
-            [*ARMS, f"{Path(bundle).name}={out / 'accepted'}"],
-            networks=settings["networks"],
-            seeds=settings["seeds"],
-            profile=settings["grading_profile"],
-            command=f"medaug augment {Path(bundle).name} --profile {Path(profile).name if profile else 'none'} --seed {seed}",
-            tracking=tracking,
-        )
+    job = _Job(bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}))
+    with storage.locked(job.out):
+        record = job.train()
+        quota = job.quota()
+        judge = partial(job.judge, quota)
+        gated = _generate_until_enough(job.generate, judge, quota, settings, job.out / "counts.json")
+        result = job.grade()
         summary = {
             "rows": result["rows"],
             "verdict": result["verdict"],
@@ -106,8 +77,78 @@ def run_augment(
             "short": gated.short,
             "weights_sha256": record.weights_sha256,
         }
-        storage.write_json(out / "augment.json", summary)
+        storage.write_json(job.out / "augment.json", summary)
         return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The stages of one main job, with what they share."""
+
+    bundle: str
+    cohort_dir: Path
+    out: Path
+    profile: str | None
+    settings: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, Any]]
+    seed: int
+    tracking: Mapping[str, Any]
+
+    def _overrides(self, stage: str, **own: Any) -> dict[str, Any]:
+        return (
+            dict(self.stages[stage])
+            | {"dataset_dir": str(self.cohort_dir), "seed": self.seed, "tracking": dict(self.tracking)}
+            | own
+        )
+
+    def train(self) -> RunRecord:
+        """Weights in ``run/``."""
+        record: RunRecord = run_stage(
+            self.bundle, "training", self.profile, self._overrides("training", output_dir=str(self.out / "run"))
+        )
+        return record
+
+    def quota(self) -> list[int]:
+        """Accepted images wanted per class."""
+        config = load_config(self.bundle, "generating", self.profile) | self.stages["generating"]
+        wanted = config["counts"] or quotas(
+            read_cohort(self.cohort_dir), config["synthetic_per_real"], config["allocation"], config["fixed"]
+        )
+        return list(wanted)
+
+    def generate(self, counts: Sequence[int]) -> None:
+        """Images of a plan with these counts per class in ``synthetic/``."""
+        paths = {"run_dir": str(self.out / "run"), "output_dir": str(self.out / "synthetic")}
+        run_stage(self.bundle, "generating", self.profile, self._overrides("generating", **paths, counts=list(counts)))
+
+    def judge(self, quota: Sequence[int], allow_short: bool) -> GateResult:
+        """The gate's verdicts; accepted images in ``accepted/``."""
+        return gate_synthetic(
+            self.out / "synthetic",
+            self.cohort_dir,
+            self.out / "accepted",
+            threshold=self.settings["gate_threshold"],
+            filter_recipe=self.settings["filter"],
+            seed=self.seed,
+            quotas=quota,
+            filter_dir=self.out / "filter",
+            allow_short=allow_short,
+            tracking=self.tracking,
+        )
+
+    def grade(self) -> dict[str, Any]:
+        """Rows, verdict and report in ``benchmark/``."""
+        name = Path(self.bundle).name
+        return grade_arms(
+            self.cohort_dir,
+            self.out / "benchmark",
+            [*ARMS, f"{name}={self.out / 'accepted'}"],
+            networks=self.settings["networks"],
+            seeds=self.settings["seeds"],
+            profile=self.settings["grading_profile"],
+            command=f"medaug augment {name} --profile {Path(self.profile).name if self.profile else 'none'} --seed {self.seed}",
+            tracking=self.tracking,
+        )
 
 
 def _generate_until_enough(

@@ -252,5 +252,6 @@ def _host() -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
+    """The file behind a SQLite tracking URI; None for a server or a database in memory."""
     file = uri.removeprefix("sqlite:///").split("?")[0]
     return Path(file).absolute() if uri.startswith("sqlite:///") and file and file != ":memory:" else None
