@@ -110,7 +110,7 @@ class _Job:
 
     def quota(self) -> list[int]:
         """Accepted images wanted per class."""
-        config = load_config(self.bundle, "generating", self.profile) | self.stages["generating"]
+        config = load_config(self.bundle, "generating", self.profile) | dict(self.stages["generating"])
         wanted = config["counts"] or quotas(
             read_cohort(self.cohort_dir), config["synthetic_per_real"], config["allocation"], config["fixed"]
         )
