@@ -1,0 +1,197 @@
+"""The stages of the main job, one by one and in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medaug.cli.options import (
+    CohortOption,
+    JsonOption,
+    OutOption,
+    ProfileOption,
+    SeedOption,
+    SetOption,
+    TrackingOption,
+    app,
+    show,
+    tracked_at,
+    whole_numbers,
+)
+
+
+@app.command()
+def train(
+    bundle: Annotated[str, typer.Argument(help="Bundle name or folder, see `medaug bundles`.")],
+    cohort: CohortOption,
+    out: OutOption,
+    profile: ProfileOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a bundle on the training split of a cohort.
+
+    Example: medaug train guided_ddpm --cohort runs/cohort --out runs/run --profile cpu32
+    """
+    from medaug.workflow import parse_overrides, run_stage
+
+    paths = {"dataset_dir": str(cohort), "output_dir": str(out), "seed": seed, "tracking": tracked_at(tracking_uri)}
+    record = run_stage(bundle, "training", profile, paths | parse_overrides(settings or []))
+    summary = {
+        "out": out.name,
+        "iterations": record.iterations,
+        "weights_sha256": record.weights_sha256,
+        "config_sha256": record.config_sha256,
+    }
+    show(summary, as_json, f"Trained {record.iterations} iterations; weights {record.weights_sha256[:12]} in {out}.")
+
+
+@app.command()
+def generate(
+    bundle: Annotated[str, typer.Argument(help="Bundle name or folder.")],
+    cohort: CohortOption,
+    run: Annotated[Path, typer.Option("--run", help="Folder of `medaug train`.")],
+    out: OutOption,
+    per_real: Annotated[float | None, typer.Option(help="Synthetic images per real training image.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="proportional, balance or fixed.")] = None,
+    counts: Annotated[str | None, typer.Option(help="Images per class, in class order, e.g. 10,20,30.")] = None,
+    profile: ProfileOption = None,
+    settings: SetOption = None,
+    seed: SeedOption = 0,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate a synthetic cohort from a trained run; images carry labels that the gate has yet to check.
+
+    Example: medaug generate guided_ddpm --cohort runs/cohort --run runs/run --out runs/synthetic --per-real 2.5 --profile cpu32
+    """
+    from medaug.workflow import parse_overrides, run_stage
+
+    overrides: dict[str, Any] = {"dataset_dir": str(cohort), "run_dir": str(run), "output_dir": str(out), "seed": seed}
+    overrides |= {"tracking": tracked_at(tracking_uri)}
+    if per_real is not None:
+        overrides["synthetic_per_real"] = per_real
+    if allocation is not None:
+        overrides["allocation"] = allocation
+    if counts is not None:
+        overrides["counts"] = whole_numbers(counts)
+    made = run_stage(bundle, "generating", profile, overrides | parse_overrides(settings or []))
+    per_class = dict(zip(made.classes, made.class_counts("training"), strict=True))
+    summary = {"out": out.name, "cases": len(made.training), "per_class": per_class, "content_sha256": made.content_sha256}
+    show(summary, as_json, f"{len(made.training)} synthetic images in {out}: {per_class}. Check them with `medaug gate`.")
+
+
+@app.command()
+def gate(
+    synthetic: Annotated[Path, typer.Argument(help="Synthetic cohort of `medaug generate`.")],
+    cohort: CohortOption,
+    out: OutOption,
+    checks: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label.")] = 0.8,
+    allow_short: Annotated[bool, typer.Option("--allow-short", help="Do not fail when a class has no accepted image.")] = False,
+    seed: SeedOption = 0,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accept, quarantine or reject every synthetic image, with a reason and a number.
+
+    Example: medaug gate runs/synthetic --cohort runs/cohort --out runs/accepted
+    """
+    from medaug.stages import gate_synthetic
+
+    names = None if checks is None else [name.strip() for name in checks.split(",")]
+    tracking = tracked_at(tracking_uri)
+    result = gate_synthetic(
+        synthetic, cohort, out, checks=names, threshold=threshold, seed=seed, allow_short=allow_short, tracking=tracking
+    )
+    lines = [f"{entry.name}: {entry.accepted} of {entry.generated} accepted" for entry in result.acceptance]
+    show(result.summary, as_json, "\n".join([*lines, f"Report: {out / 'report.html'}"]))
+
+
+@app.command()
+def grade(
+    cohort: CohortOption,
+    out: OutOption,
+    arm: Annotated[list[str], typer.Option(help="none, crop_rotate, oversample, or NAME=FOLDER of accepted images; repeatable.")],
+    networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    profile: Annotated[str, typer.Option("--profile", help="Training recipe, the same for every arm.")] = "cpu32",
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what each arm does to classifiers on real test images, with intervals and a verdict.
+
+    Example: medaug grade --cohort runs/cohort --out runs/bench --arm none --arm oversample --arm guided_ddpm=runs/accepted
+    """
+    from medaug.stages import grade_arms
+
+    result = grade_arms(cohort, out, arm, networks=networks, seeds=seeds, profile=profile, tracking=tracked_at(tracking_uri))
+    show({"rows": result["rows"], "verdict": result["verdict"]}, as_json, _verdict_text(result, out))
+
+
+@app.command()
+def augment(
+    bundle: Annotated[str, typer.Argument(help="Bundle name or folder.")],
+    cohort: CohortOption,
+    out: OutOption,
+    profile: ProfileOption = None,
+    settings: SetOption = None,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Go on when a class misses its quota of accepted images.")
+    ] = False,
+    seed: SeedOption = 0,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, generate, gate and grade in one go; resumable.
+
+    Example: medaug augment guided_ddpm --cohort runs/cohort --out runs/job --profile cpu32
+    """
+    from medaug.augment import run_augment
+    from medaug.workflow import parse_overrides
+
+    result = run_augment(
+        bundle,
+        cohort,
+        out,
+        profile=profile,
+        overrides=parse_overrides(settings or []),
+        allow_short=allow_short or None,
+        seed=seed,
+        tracking=tracked_at(tracking_uri),
+    )
+    show(result, as_json, _short_text(result) + _verdict_text(result, out / "benchmark"))
+
+
+@app.command()
+def quickstart(
+    out: OutOption = Path("runs/quickstart"),
+    seed: SeedOption = 0,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk the whole way on an embedded phantom: DICOM export, intake, training, generation, gate, grading, report.
+
+    Example: medaug quickstart --out runs/quickstart
+    """
+    from medaug.augment import run_quickstart
+
+    result = run_quickstart(out, seed=seed, tracking=tracked_at(tracking_uri))
+    show(result, as_json, _short_text(result) + _verdict_text(result, out / "job" / "benchmark"))
+
+
+def _short_text(result: dict[str, Any]) -> str:
+    short = [entry for entry in result["acceptance"] if entry["name"] in result["short"]]
+    return "".join(
+        f"Too few images of {row['name']} passed the gate: {row['accepted']} of {row['quota']} wanted.\n" for row in short
+    )
+
+
+def _verdict_text(result: dict[str, Any], folder: Path) -> str:
+    verdicts = list(result["verdict"].values())
+    warnings = dict.fromkeys(warning for entry in verdicts for warning in entry["warnings"])
+    return "\n".join([*warnings, *(entry["sentence"] for entry in verdicts), f"Report: {folder / 'report.html'}"])
