@@ -95,15 +95,27 @@ class ReferencePairs(Dataset[dict[str, Any]]):
 def jitter(image: Tensor, draw: np.random.Generator, shift: float, zoom: float = 0.0) -> Tensor:
     """Shift by up to `shift` of the side and zoom by up to `zoom`; never flips (left and right mean something).
 
+    A shift alone goes by whole pixels: interpolation would blur the image, and a generator trained on it would learn
+    the blur. Zoomed images are interpolated, so they serve as references only.
+
     Args:
         image: (C, H, W) in [-1, 1]; borders are filled with their nearest pixel.
     """
     if shift <= 0 and zoom <= 0:
         return image
     dx, dy, scale = draw.uniform(-2 * shift, 2 * shift), draw.uniform(-2 * shift, 2 * shift), 1 + draw.uniform(-zoom, zoom)
+    if zoom <= 0:
+        return shifted(image, round(dy * image.shape[-2] / 2), round(dx * image.shape[-1] / 2))
     theta = torch.tensor([[[scale, 0.0, dx], [0.0, scale, dy]]], dtype=image.dtype)
     grid = torch.nn.functional.affine_grid(theta, [1, *image.shape], align_corners=False)
     return torch.nn.functional.grid_sample(image[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """The image as seen through a frame moved by whole pixels, shape kept; what comes in from outside repeats the border."""
+    rows = (torch.arange(image.shape[-2]) + down).clamp(0, image.shape[-2] - 1)
+    columns = (torch.arange(image.shape[-1]) + right).clamp(0, image.shape[-1] - 1)
+    return image[:, rows][:, :, columns]
 
 
 class KeyedBatches(Sampler[list[tuple[int, int, int]]]):

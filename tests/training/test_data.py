@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medaug.cohort import Cohort
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError
-from medaug.training.data import REFERENCE_MODES, CaseImages, KeyedBatches, ReferencePairs, jitter, keep_mask, read_case
+from medaug.training.data import REFERENCE_MODES, CaseImages, KeyedBatches, ReferencePairs, jitter, keep_mask, read_case, shifted
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,21 @@ def test_jitter_shifts_by_at_most_its_share() -> None:
     assert np.abs(offsets).max() <= shift * size + 1e-3
     assert np.abs(offsets).max() > 0.8 * shift * size
     assert np.abs(np.mean(offsets)) < 1
+
+
+def test_a_shift_keeps_every_value_as_it_is() -> None:
+    """Interpolation would blur what the generator learns: only values of the image may occur, in whole rows and columns."""
+    image = torch.rand(1, 16, 16)
+    for index in range(20):
+        moved = jitter(image, numpy_generator(index), 0.1)
+        assert torch.isin(moved, image).all()
+        assert moved.shape == image.shape
+
+
+def test_shifted_repeats_the_border() -> None:
+    image = torch.arange(9.0).reshape(1, 3, 3)
+    assert shifted(image, 1, 0)[0].tolist() == [[3, 4, 5], [6, 7, 8], [6, 7, 8]]
+    assert shifted(image, 0, -1)[0].tolist() == [[0, 0, 1], [3, 3, 4], [6, 6, 7]]
 
 
 def test_keep_mask_drops_the_share_and_belongs_to_its_keys() -> None:
