@@ -63,6 +63,7 @@ class Cohort:
         classes: ordered class names; `ordinal` says whether the order means something.
         image_size: side of the square images in pixels.
         channels: 1 (grey, 16-bit PNG) or 3 (colour, 8-bit PNG).
+        spatial_dims: 2, or 3 for volumes: grey 16-bit NIfTI on their own grids, `image_size` the largest side of a slice.
         intensity: what the stored values 0 and 1 mean, for example ``{"kind": "window_hu", "0": -1350, "1": 150}``.
         created_by: medaug version, command, config_sha256, seed.
         fit_on: fit sha256 -> sorted groups: what the generators, guides and filters behind the synthetic cases saw.
@@ -84,6 +85,7 @@ class Cohort:
     fit_on: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     content_sha256: str = ""
+    spatial_dims: int = 2
     root: Path | None = field(default=None, compare=False)
 
     def split(self, name: str) -> tuple[Case, ...]:
@@ -303,21 +305,29 @@ def write_cohort(cohort: Cohort, root: Path) -> Cohort:
     return cohort
 
 
-def read_cohort(root: Path, *, verify: bool = False) -> Cohort:
+def read_cohort(root: Path, *, verify: bool = False, spatial_dims: int | None = 2) -> Cohort:
     """Read and validate a cohort folder.
 
     Args:
         root: the folder, or its ``cohort.json``.
         verify: also check every image against `content_sha256`.
+        spatial_dims: what the caller can work with; None takes pictures and volumes.
 
     Raises:
-        DataError: missing or malformed file, absent images, changed content.  LeakageError: see `validate`.
+        DataError: `cohort-dimensions` for volumes where pictures are needed,
+            missing or malformed file, absent images, changed content.  LeakageError: see `validate`.
     """
     root = Path(root)
     root = root.parent if root.name == FILE_NAME else root
     if not (root / FILE_NAME).is_file():
         raise DataError("cohort-missing", f"{root.name} is not a cohort (no {FILE_NAME}); make one with `medaug intake`.")
     cohort = validate(_from_json(storage.read_json(root / FILE_NAME), root))
+    if spatial_dims is not None and cohort.spatial_dims != spatial_dims:
+        raise DataError(
+            "cohort-dimensions",
+            f"{root.name} holds {cohort.spatial_dims}-D images and this step works on {spatial_dims}-D ones; "
+            f"take the source in again with --dimensions {spatial_dims}.",
+        )
     missing = [case.id for case in cohort.cases() if not (root / case.image).is_file()]
     if missing:
         raise DataError("image-missing", f"{len(missing)} case(s) of {root.name} have no image file ({_some(missing)}).")
@@ -346,6 +356,8 @@ def _to_json(cohort: Cohort) -> dict[str, Any]:
         "fit_on": {sha: list(groups) for sha, groups in cohort.fit_on.items()},
         "notes": dict(cohort.notes),
     }
+    if cohort.spatial_dims != 2:
+        header["spatial_dims"] = cohort.spatial_dims
     return header | {split: [_case_to_json(case) for case in cohort.split(split)] for split in SPLITS}
 
 
@@ -390,6 +402,7 @@ def _from_json(data: Any, root: Path) -> Cohort:
             fit_on={str(sha): tuple(groups) for sha, groups in data.get("fit_on", {}).items()},
             notes=dict(data.get("notes", {})),
             content_sha256=str(data["content_sha256"]),
+            spatial_dims=int(data.get("spatial_dims", 2)),
             root=root,
             **splits,
         )

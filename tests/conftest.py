@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,21 @@ import pytest
 from medaug import cohort as cohorts
 from medaug.cohort import Case, Cohort
 from medaug.draws import numpy_generator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pseudonym_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A known key for pseudonyms, so that tests leave the user's own alone and make the same bytes every time."""
+    path = tmp_path_factory.mktemp("key") / "pseudonym.key"
+    path.write_text("00112233445566778899aabbccddeeff" * 2 + "\n")
+    path.chmod(0o600)
+    before = os.environ.get("MEDAUG_PSEUDONYM_KEY")
+    os.environ["MEDAUG_PSEUDONYM_KEY"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["MEDAUG_PSEUDONYM_KEY"]
+    else:
+        os.environ["MEDAUG_PSEUDONYM_KEY"] = before
 
 
 def draw_shape(label: int, size: int, *key: object) -> np.ndarray:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from medaug import storage
 from medaug.cohort import SPLITS
 from medaug.errors import DataError
 from medaug.intake import duplicates
 from medaug.intake.classes import Classes, find_classes, tidy
-from medaug.intake.read import SPLIT_RANK, Quarantine
-from medaug.intake.records import IntakeOptions, Record
+from medaug.intake.grouping import describe_groups, group, join_known, thumbnails
+from medaug.intake.join import SPLIT_RANK
+from medaug.intake.pseudonyms import Pseudonyms
+from medaug.intake.read import Quarantine
+from medaug.intake.readers import agreement, describe, settle
+from medaug.intake.records import IntakeOptions, Record, reveals
 from medaug.splits import grouped_split
 
 DEFAULT_RATIOS = (0.7, 0.1, 0.2)
@@ -31,6 +34,7 @@ class Assembly:
         leak: see `duplicates.leak_indicator`.
         groups: how groups were found: number, origin, largest, threshold ...
         neighbour_distances: of the images that were grouped automatically.
+        agreement: between readers, see `readers.agreement`.
         notes: one sentence each.
     """
 
@@ -39,11 +43,17 @@ class Assembly:
     leak: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     neighbour_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    agreement: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def assemble(
-    records: Sequence[Record], options: IntakeOptions, has_splits: bool, quarantine: Quarantine, names: dict[str, str]
+    records: Sequence[Record],
+    options: IntakeOptions,
+    has_splits: bool,
+    quarantine: Quarantine,
+    names: dict[str, str],
+    pseudonyms: Pseudonyms,
 ) -> Assembly:
     """Decide on labels, duplicates, groups and splits of all records.
 
@@ -53,29 +63,40 @@ def assemble(
         has_splits: the source says which split every image is in; kept unless `options.split` is given.
         quarantine: receives what is left out.
         names: class names for integer labels.
+        pseudonyms: what names patients.
 
     Raises:
-        DataError: `no-usable-image`, `class-too-small`, `labels-not-classes`, `split-impossible`, `split-missing`.
+        DataError: `label-identifies`, `no-usable-image`, `class-too-small`, `labels-not-classes`, `split-impossible`, `split-missing`.
     """
     if not records:
         raise no_usable_image(quarantine)
     ordered = sorted(records, key=Record.order)
     for record in ordered:
         record.labels = tuple(sorted({names.get(label, label) for label in record.labels}))
+        record.votes = tuple((row, reader, names.get(label, label)) for row, reader, label in record.votes)
+    _refuse_names(ordered)
     classes = find_classes([label for record in ordered for label in record.labels], options.ordinal)
+    found = _agreement(ordered, classes)
+    single = _labelled(ordered, classes, options, quarantine)
+    if single and found["disagreed"] and options.conflicts != "quarantine":
+        classes = _without_unused(ordered, single, classes, options)
     sets = duplicates.Union(len(ordered))
-    merged = _join_known(ordered, sets)
-    kept = _without_duplicates(ordered, _labelled(ordered, classes, quarantine), sets, quarantine)
+    merged = join_known(ordered, sets)
+    kept = _without_duplicates(ordered, single, sets, quarantine)
     if not kept:
         raise no_usable_image(quarantine)
-    result = Assembly([ordered[index] for index in kept], classes, notes=list(classes.notes))
+    result = Assembly([ordered[index] for index in kept], classes, agreement=found, notes=list(classes.notes))
+    if found["read_twice"]:
+        result.notes.append(describe(found, options.conflicts))
     if merged:
         result.notes.append(f"{merged} pair(s) of patients or groups hold identical images and were joined to one group.")
     keeps_splits = has_splits and options.split is None
-    _group(result, ordered, kept, sets, keeps_splits)
+    grouped = group(ordered, kept, sets, keeps_splits, pseudonyms)
+    result.neighbour_distances = grouped.neighbour_distances
+    result.notes.extend(grouped.notes)
     _refuse_small_classes(result.records, classes.names)
     _split(result, options, keeps_splits, quarantine)
-    result.groups = _describe_groups(result.records) | result.groups
+    result.groups = describe_groups(result.records) | grouped.search
     result.leak = _leak(result.records, options.seed)
     return result
 
@@ -88,48 +109,61 @@ def no_usable_image(quarantine: Quarantine) -> DataError:
     )
 
 
-def _labelled(records: Sequence[Record], classes: Classes, quarantine: Quarantine) -> list[int]:
-    """Indices of records with one label; those with several are left out."""
+def _refuse_names(records: Sequence[Record]) -> None:
+    """Refuse labels that name the patients of all their images: a folder per patient, or the wrong column."""
+    innocent: set[str] = set()
+    known: set[str] = set()
+    for record in records:
+        for label in record.labels:
+            if label not in innocent:
+                known.add(label)
+                if not any(len(secret.strip()) >= 4 and reveals(label, secret) for secret in record.secrets):
+                    innocent.add(label)
+    if known - innocent:
+        raise DataError(
+            "label-identifies",
+            f"{len(known - innocent)} label(s) hold the name or identifier of the patient whose images they label; "
+            "choose the column that holds the class, or sort the images into folders by class.",
+        )
+
+
+def _agreement(records: Sequence[Record], classes: Classes) -> dict[str, Any]:
+    """Between the readers, once for each set of rows: a patient's 200 slices were not read 200 times."""
+    units = {tuple(row for row, _, _ in record.votes): record.votes for record in records if len(record.votes) > 1}
+    index = {label: classes.index[tidy(label)] for votes in units.values() for _, _, label in votes}
+    return agreement([units[rows] for rows in sorted(units)], index, len(classes.names), classes.ordinal)
+
+
+def _labelled(records: Sequence[Record], classes: Classes, options: IntakeOptions, quarantine: Quarantine) -> list[int]:
+    """Indices of records with one label, given or settled between readers; the others are left out."""
     single = []
-    for index, record in enumerate(records):
-        meant = {classes.index[tidy(label)] for label in record.labels}
-        if len(meant) == 1:
-            record.label = meant.pop()
-            single.append(index)
-        else:
+    index = {label: classes.index[tidy(label)] for record in records for label in record.labels}
+    for number, record in enumerate(records):
+        votes = record.votes or tuple((0, "", label) for label in record.labels)
+        rank = settle(votes, index, policy=options.conflicts, senior=options.senior, ordinal=classes.ordinal)
+        if rank is None:
             quarantine.add(record.quarantine_name, "conflicting-label", "The label table gives this image several classes.")
+        else:
+            record.label = rank
+            single.append(number)
     return single
 
 
-def _join_known(records: Sequence[Record], sets: duplicates.Union) -> int:
-    """Join what certainly belongs together; returns how many pairs of known groups shared an identical image."""
-    owners: dict[tuple[str, str], int] = {}
-    for index, record in enumerate(records):
-        for key in record.group_keys:
-            sets.join(owners.setdefault(key, index), index)
-    sets.join_equal([record.volume if _is_own_volume(record) else None for record in records])
-    _join_studies(records, sets)
-    merged = 0
-    first: dict[str, int] = {}
-    for index, record in enumerate(records):
-        if record.is_blank:
-            continue  # an empty slice says nothing about whose it is
-        other = first.setdefault(record.pixels, index)
-        if sets.find(other) != sets.find(index):
-            merged += int(bool(record.group_keys) and bool(records[other].group_keys))
-            sets.join(other, index)
-    return merged
-
-
-def _is_own_volume(record: Record) -> bool:
-    return record.volume is not None and record.volume.startswith("file ")
-
-
-def _join_studies(records: Sequence[Record], sets: duplicates.Union) -> None:
-    """Images of one DICOM study without a patient; a study that all of them share is a placeholder."""
-    studies = [None if record.group_keys or _is_own_volume(record) else record.volume for record in records]
-    if len({study for study in studies if study}) > 1:
-        sets.join_equal(studies)
+def _without_unused(records: Sequence[Record], single: Sequence[int], classes: Classes, options: IntakeOptions) -> Classes:
+    """The classes without those that only outvoted readers saw."""
+    used = sorted({records[index].label for index in single})
+    if len(used) == len(classes.names):
+        return classes
+    left = [classes.names[rank] for rank in range(len(classes.names)) if rank not in used]
+    for index in single:
+        records[index].label = used.index(records[index].label)
+    meaning = {text: used.index(rank) for text, rank in classes.index.items() if rank in used}
+    note = f"{len(left)} class(es) that only outvoted readers saw were dropped: {', '.join(left)}."
+    if len(used) < 2:
+        raise DataError(
+            "class-too-small", "After settling the readers' conflicts fewer than two classes remain; check --conflicts."
+        )
+    return Classes(tuple(classes.names[rank] for rank in used), classes.ordinal, meaning, (*classes.notes, note))
 
 
 def _without_duplicates(
@@ -160,86 +194,6 @@ def _without_duplicates(
     return sorted(kept)
 
 
-def _group(result: Assembly, ordered: Sequence[Record], kept: Sequence[int], sets: duplicates.Union, keeps_splits: bool) -> None:
-    """Give every kept record its group and its patient's pseudonym, both named after the smallest source.
-
-    Where the source's own splits are kept, look-alikes are not joined: they are a guess, and each group that crosses a
-    split costs its training images. Near-copies are joined all the same.
-    """
-    alone = [index for index in kept if not ordered[index].group_keys]
-    thumbnails = _thumbnails([ordered[index] for index in alone])
-    grouping = duplicates.find_groups(thumbnails, [sets.find(index) for index in alone], near_copies_only=keeps_splits)
-    first: dict[int, int] = {}
-    for index, number in zip(alone, grouping.labels, strict=True):
-        sets.join(first.setdefault(number, index), index)
-    members: dict[int, list[Record]] = defaultdict(list)
-    for index in kept:
-        members[sets.find(index)].append(ordered[index])
-    for group in members.values():
-        patient_known = any(key[0] == "patient" for record in group for key in record.group_keys)
-        name = ("p" if patient_known else "g") + _members_sha256(group)
-        for record in group:
-            record.group = name
-    _name_patients(result.records)
-    result.neighbour_distances = grouping.neighbour_distances
-    result.groups = _describe_search(grouping, len(alone))
-    if alone:
-        result.notes.append(f"{len(alone)} image(s) have no patient and no group: {_how_grouped(len(alone), keeps_splits)}")
-
-
-def _how_grouped(number: int, keeps_splits: bool) -> str:
-    if keeps_splits:
-        return "near-copies were grouped; --split divides the source anew by patient-like groups."
-    if number > duplicates.MAX_CLUSTERED:
-        return f"only near-copies were grouped, for they are more than {duplicates.MAX_CLUSTERED}; give a patient column."
-    return "patient-like groups were found from the pixels."
-
-
-def _members_sha256(records: Sequence[Record]) -> str:
-    """Name of a set of images: other members, as another grouping makes them, never share it."""
-    return storage.sha256_json(sorted([record.source, record.position] for record in records))[:12]
-
-
-def _name_patients(records: Sequence[Record]) -> None:
-    members: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        for kind, value in record.group_keys:
-            if kind == "patient":
-                members[value].append(record)
-    names_of = {value: "p" + _members_sha256(own) for value, own in members.items()}
-    for record in records:
-        names = [names_of[value] for kind, value in record.group_keys if kind == "patient"]
-        record.patient = min(names, default="")
-
-
-def _describe_groups(records: Sequence[Record]) -> dict[str, Any]:
-    """Number and sizes of the groups of the images that stay."""
-    sizes = Counter(record.group for record in records)
-    origins = Counter(record.group_keys[0][0] if record.group_keys else "automatic" for record in records)
-    return {
-        "number": len(sizes),
-        "largest": max(sizes.values()),
-        "alone": sum(size == 1 for size in sizes.values()),
-        "images_by_origin": dict(sorted(origins.items())),
-    }
-
-
-def _describe_search(grouping: duplicates.Grouping, automatic: int) -> dict[str, Any]:
-    """How the groups of `automatic` images without patient or group were found."""
-    return {
-        "automatic": automatic,
-        "near_copies": grouping.near_copies,
-        "threshold": grouping.threshold,
-        "largest_allowed": grouping.largest_allowed if automatic else None,
-    }
-
-
-def _thumbnails(records: Sequence[Record]) -> np.ndarray:
-    side = duplicates.THUMBNAIL_SIZE
-    images = [record.thumbnail for record in records if record.thumbnail is not None]
-    return np.stack(images) if images else np.zeros((0, side, side), np.float16)
-
-
 def _refuse_small_classes(records: Sequence[Record], names: Sequence[str]) -> None:
     for label, name in enumerate(names):
         cases = sum(record.label == label for record in records)
@@ -268,7 +222,7 @@ def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarant
 
 
 def _assign(records: Sequence[Record], ratios: Sequence[float], seed: int) -> None:
-    names = grouped_split([record.label for record in records], [record.group for record in records], ratios, seed)
+    names = grouped_split([record.label for record in records], [record.unit for record in records], ratios, seed)
     for record, name in zip(records, names, strict=True):
         record.split = name
 
@@ -314,5 +268,5 @@ def _leak(records: Sequence[Record], seed: int) -> dict[str, Any]:
     if not all(sides):
         text = "No test split: the leak indicator cannot be computed."
         return {"level": "unknown", "verdict": text, "warning": None, "n": 0}
-    (train, train_labels), (test, test_labels) = ((_thumbnails(side), [record.label for record in side]) for side in sides)
+    (train, train_labels), (test, test_labels) = ((thumbnails(side), [record.label for record in side]) for side in sides)
     return duplicates.leak_indicator(train, train_labels, test, test_labels, seed=seed)

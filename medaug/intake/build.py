@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medaug import storage
-from medaug.cohort import FILE_NAME, QUARANTINE_COLUMNS, SPLITS, Case, Cohort, created_by, read_cohort, write_cohort
-from medaug.errors import StorageError
+from medaug.cohort import FILE_NAME, QUARANTINE_COLUMNS, SPLITS, Cohort, created_by, read_cohort, write_cohort
+from medaug.errors import ConfigError, StorageError
 from medaug.intake import report
 from medaug.intake.assemble import Assembly, assemble, no_usable_image
+from medaug.intake.compose import compose
+from medaug.intake.copies import discard_copies, publish_copies, write_copies
+from medaug.intake.join import Joiner
 from medaug.intake.labels import read_rows
-from medaug.intake.read import Joiner, Quarantine, image_path, read_records
-from medaug.intake.records import IntakeOptions, IntakeResult, Record
+from medaug.intake.pseudonyms import Pseudonyms, write_mapping
+from medaug.intake.read import Quarantine, Suspects, read_records
+from medaug.intake.records import IntakeOptions, IntakeResult, Record, known_patient
 from medaug.intake.scan import Scan, partial_folder, scan, source_sha256
-from medaug.io import raster
+from medaug.intake.series import arrange
+from medaug.intake.volumes import gather
 
 __all__ = ["IntakeOptions", "IntakeResult", "run_intake"]
+
+LISTED_ORPHANS = 1000
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -52,20 +55,25 @@ def run_intake(options: IntakeOptions, progress: Progress | None = None) -> Inta
     found = scan(options)
     source = source_sha256(found, options)
     if options.dry_run:
-        return _take_in(options, found, source, None, progress)
-    with _reserved(options.out) as folder:
-        existing = _existing(options, source)
+        # A key that does not exist yet is not made for a rehearsal.
+        known = options.pseudonym_key is not None and options.pseudonym_key.exists()
+        return _take_in(options, found, source, None, progress, Pseudonyms(options.pseudonym_key if known else None))
+    pseudonyms = Pseudonyms(options.pseudonym_key)
+    with _reserved(options) as folder:
+        existing = _existing(options, source, pseudonyms)
         if existing is not None:
             return existing
-        result = _take_in(options, found, source, _emptied(folder), progress)
+        result = _take_in(options, found, source, _emptied(folder), progress, pseudonyms)
+        publish_copies(options)
         _publish(folder, options.out)
-    result.cohort = read_cohort(options.out)
+    result.cohort = read_cohort(options.out, spatial_dims=None)
     return result
 
 
 @contextmanager
-def _reserved(out: Path) -> Iterator[Path]:
+def _reserved(options: IntakeOptions) -> Iterator[Path]:
     """Hold the output folder and the one beside it where the cohort is built; yields the latter."""
+    out = options.out
     folder = partial_folder(out)
     if out.exists() and not out.is_dir():
         raise StorageError("folder-not-empty", "The output exists and is a file; choose another --out.")
@@ -79,9 +87,10 @@ def _reserved(out: Path) -> Iterator[Path]:
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            discard_copies(options)
 
 
-def _existing(options: IntakeOptions, source: str) -> IntakeResult | None:
+def _existing(options: IntakeOptions, source: str, pseudonyms: Pseudonyms) -> IntakeResult | None:
     """The finished cohort of the same options and source; None if the output folder is absent or empty."""
     if not options.out.is_dir() or all(path.name == storage.LOCK_NAME for path in options.out.iterdir()):
         return None
@@ -90,10 +99,21 @@ def _existing(options: IntakeOptions, source: str) -> IntakeResult | None:
     )
     if not (options.out / FILE_NAME).is_file():
         raise other
-    cohort = read_cohort(options.out)
+    cohort = read_cohort(options.out, spatial_dims=None)
     wanted = created_by("intake", options.config(), options.seed)
     if cohort.created_by.get("config_sha256") != wanted["config_sha256"] or cohort.source != f"sha256:{source}":
         raise other
+    fingerprint = cohort.notes.get("pseudonym_key")
+    if fingerprint is not None and fingerprint != pseudonyms.fingerprint:
+        raise StorageError(
+            "pseudonym-key-changed", "The cohort was made with another pseudonym key; name that one, or choose another --out."
+        )
+    late = (options.mapping and not options.mapping.exists()) or (options.keep_dicom and not options.keep_dicom.exists())
+    if late:
+        raise ConfigError(
+            "cohort-already-there",
+            "The cohort is finished; --mapping and --keep-dicom write along with it, so choose another --out.",
+        )
     content = storage.read_json(options.out / "report.json")
     return IntakeResult(cohort, content["counts"], content["leak"], content["quarantine"], content["notes"], content, reused=True)
 
@@ -119,26 +139,74 @@ def _publish(folder: Path, out: Path) -> None:
         os.replace(folder, out)
 
 
-def _take_in(options: IntakeOptions, found: Scan, source: str, folder: Path | None, progress: Progress | None) -> IntakeResult:
+def _take_in(
+    options: IntakeOptions, found: Scan, source: str, folder: Path | None, progress: Progress | None, pseudonyms: Pseudonyms
+) -> IntakeResult:
     """Read, decide and, with a folder, write."""
     quarantine = Quarantine(list(found.quarantine))
     if not found.items:
         raise no_usable_image(quarantine)
+    arrangement = arrange(found.items, options)
+    found.items = gather(arrangement.items) if options.dimensions == 3 else arrangement.items
+    quarantine.rows.extend(arrangement.quarantine)
+    if not found.items:
+        raise no_usable_image(quarantine)
+    suspects = Suspects()
     with progress("reading images", len(found.items)) if progress else nullcontext(lambda steps: None) as advance:
-        records, joiner = read_records(found, options, folder, quarantine, advance)
+        records, joiner = read_records(found, options, folder, quarantine, advance, suspects)
+    _name_series(records, pseudonyms)
     has_splits = options.split_column is not None or found.has_splits
-    assembly = assemble(records, options, has_splits, quarantine, found.class_names)
-    assembly.notes.extend(_reading_notes(options, found, joiner))
-    cohort = _cohort(options, source, assembly, folder)
+    assembly = assemble(records, options, has_splits, quarantine, found.class_names, pseudonyms)
+    assembly.notes.extend(_reading_notes(options, found, joiner, suspects))
+    assembly.notes.extend(arrangement.notes)
+    copies: dict[str, Any] = {}
+    if folder is not None and options.keep_dicom is not None:
+        copies = write_copies(assembly.records, options, pseudonyms, quarantine, frozenset(suspects.left_out))
+        assembly.notes.append(f"{copies['files']} de-identified DICOM copies were written; {copies['refused']} were not kept.")
+    cohort = compose(options, source, assembly, folder, pseudonyms)
     counts = _counts(cohort, found, joiner, quarantine)
     content = report.content(cohort, counts, assembly, quarantine.sorted())
+    content |= {"join": _join_facts(options, joiner, quarantine), "burned_in_text": suspects.content(), "copies": copies}
     result = IntakeResult(cohort, counts, assembly.leak, quarantine.sorted(), assembly.notes, content)
     if folder is not None:
-        _write(result, assembly, folder)
+        _write(result, assembly, folder, suspects)
+        if options.mapping is not None:
+            write_mapping(options.mapping, _mapping_rows(assembly.records, pseudonyms))
     return result
 
 
-def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner) -> list[str]:
+def _name_series(records: Sequence[Record], pseudonyms: Pseudonyms) -> None:
+    """Give the images of one series one pseudonym: exports put them into one series again."""
+    for record in records:
+        if record.item.series:
+            record.acquisition["series"] = pseudonyms.hexadecimal("series", record.item.series)
+
+
+def _mapping_rows(records: Sequence[Record], pseudonyms: Pseudonyms) -> Iterator[tuple[str, str, str]]:
+    """Which pseudonym means what: patients, UIDs of the DICOM copies, and the file of every case."""
+    for record in records:
+        yield "file", record.case_id, record.item.relative
+        for kind, value in record.identities:
+            if kind == "patient":
+                yield kind, pseudonyms.patient(known_patient(value)), value
+            elif kind in ("study", "series", "sop"):
+                yield kind, pseudonyms.uid(value), value
+
+
+def _join_facts(options: IntakeOptions, joiner: Joiner, quarantine: Quarantine) -> dict[str, Any]:
+    """Both kinds of orphans: how many, and the rows' numbers; no identifier."""
+    orphans = sorted(row.number for row in joiner.unused())
+    return {
+        "key": options.key if options.labels is not None else "",
+        "rows": len(joiner.rows),
+        "rows_without_image": len(orphans),
+        "row_numbers_without_image": orphans[:LISTED_ORPHANS],
+        "images_without_row": quarantine.by_code().get("image-without-label", 0),
+        "restored_zeros": joiner.restored_zeros,
+    }
+
+
+def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner, suspects: Suspects) -> list[str]:
     notes = []
     if joiner.restored_zeros:
         notes.append(
@@ -149,97 +217,12 @@ def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner) -> list[
         notes.append("The source's own splits were replaced, because --split was given.")
     if any(item.kind == "nifti" for item in found.items):
         notes.append("Every slice of a NIfTI volume takes the label of its volume.")
+    suspected = sum(suspects.by_action.values())
+    if suspected:
+        done = {"quarantine": "left out", "mask": "blacked out", "keep": "kept as they are"}
+        how = ", ".join(f"{count} {done[action]}" for action, count in sorted(suspects.by_action.items()))
+        notes.append(f"{suspected} of {suspects.searched} images may hold text in their pixels: {how}.")
     return notes
-
-
-def _cohort(options: IntakeOptions, source: str, assembly: Assembly, folder: Path | None) -> Cohort:
-    """The cohort of an assembly; writes nothing but, in a folder, images that change between grey and colour."""
-    records = assembly.records
-    intensity = _intensity(records)
-    channels = 3 if 2 * sum(record.is_colour for record in records) >= len(records) else 1
-    changed = [record for record in records if record.is_colour != (channels == 3)]
-    if changed:
-        kind = "grey images became colour" if channels == 3 else "colour images became grey (ITU-R BT.601 luma)"
-        assembly.notes.append(f"{len(changed)} {kind}, like most of the cohort.")
-    if folder is not None:
-        for record in changed:
-            _change_channels(folder / image_path(record), channels)
-    splits = {split: tuple(_case(record, intensity) for record in records if record.split == split) for split in SPLITS}
-    cohort = Cohort(
-        name=options.name or options.out.name,
-        modality=_modality(records, options, assembly.notes),
-        classes=assembly.classes.names,
-        ordinal=assembly.classes.ordinal,
-        image_size=options.image_size,
-        channels=channels,
-        intensity=intensity,
-        created_by=created_by("intake", options.config(), options.seed),
-        source=f"sha256:{source}",
-        notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups},
-    )
-    return cohort.with_cases(**splits)
-
-
-def _case(record: Record, intensity: dict[str, Any]) -> Case:
-    acquisition = _plain(record.acquisition)
-    if intensity["kind"] in ("percentile", "mixed"):
-        acquisition["intensity"] = _plain(record.intensity)
-    return Case(
-        id=record.case_id,
-        image=image_path(record),
-        label=record.label,
-        group=record.group,
-        source=record.source,
-        patient=record.patient,
-        name=record.name or record.case_id,
-        acquisition=acquisition,
-    )
-
-
-def _intensity(records: Sequence[Record]) -> dict[str, Any]:
-    """What 0 and 1 mean in every image; where that differs, each case says it in its acquisition."""
-    first = records[0].intensity
-    if first["kind"] != "percentile" and all(record.intensity == first for record in records):
-        return _plain(first)
-    kinds = sorted({record.intensity["kind"] for record in records})
-    kind = "percentile" if kinds == ["percentile"] else "mixed"
-    return {
-        "kind": kind,
-        "kinds": kinds,
-        "0": "differs per image: acquisition.intensity",
-        "1": "differs per image: acquisition.intensity",
-    }
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it; numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _modality(records: Sequence[Record], options: IntakeOptions, notes: list[str]) -> str:
-    counts = Counter(record.modality for record in records if record.modality)
-    if not counts:
-        return options.modality
-    if len(counts) > 1:
-        found = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        notes.append(f"The images are of several modalities ({found}); a network can mistake that for the class.")
-    return max(sorted(counts), key=lambda name: counts[name])
-
-
-def _change_channels(path: Path, channels: int) -> None:
-    image = raster.read_unit_png(path)
-    if channels == 3 and image.ndim == 2:
-        raster.write_unit_png(path, np.repeat(image[..., None], 3, axis=-1))
-    elif channels == 1 and image.ndim == 3:
-        raster.write_unit_png(path, np.clip(image @ np.array([0.299, 0.587, 0.114], np.float32), 0.0, 1.0))
 
 
 def _counts(cohort: Cohort, found: Scan, joiner: Joiner, quarantine: Quarantine) -> dict[str, Any]:
@@ -256,7 +239,7 @@ def _counts(cohort: Cohort, found: Scan, joiner: Joiner, quarantine: Quarantine)
     }
 
 
-def _write(result: IntakeResult, assembly: Assembly, folder: Path) -> None:
+def _write(result: IntakeResult, assembly: Assembly, folder: Path, suspects: Suspects) -> None:
     """Everything but the images, which are there already; those that were left out go."""
     wanted = {Path(case.image).name for case in result.cohort.cases()}
     for path in (folder / "images").iterdir():
@@ -266,4 +249,4 @@ def _write(result: IntakeResult, assembly: Assembly, folder: Path) -> None:
     result.report["content_sha256"] = result.cohort.content_sha256
     storage.write_csv(folder / "quarantine.csv", result.quarantine, QUARANTINE_COLUMNS)
     storage.write_json(folder / "report.json", result.report)
-    storage.write_text(folder / "report.html", report.html(result.report, result.cohort, assembly))
+    storage.write_text(folder / "report.html", report.html(result.report, result.cohort, assembly, suspects.shown))

@@ -42,6 +42,8 @@ class Row:
     group: str = ""
     patient: str = ""
     split: str = ""
+    reader: str = ""
+    place: str = ""  # which slice of the image or series: 0-based index, or position in mm
 
 
 @dataclass
@@ -86,9 +88,11 @@ def read_rows(options: IntakeOptions) -> list[Row]:
     group = _column(header, options.group_column, None, "group")
     patient = _column(header, options.patient_column, "patient", "patient")
     split = _column(header, options.split_column, None, "split")
+    reader = _column(header, options.reader_column, None, "reader")
+    place = _column(header, options.slice_column, None, "slice")
     rows = []
     for number, line in enumerate(cells[1:], start=1):
-        row = Row(number, *(_cell(line, column) for column in (key, label, group, patient, split)))
+        row = Row(number, *(_cell(line, column) for column in (key, label, group, patient, split, reader, place)))
         if row.key or row.label:
             rows.append(row)
     if not rows:

@@ -1,22 +1,37 @@
-"""Reading every image once: joined with its label, prepared, written, and reduced to what has to be remembered."""
+"""Reading every image once: joined with its label, prepared, written, and reduced to what has to be remembered.
+
+Files are read in this process or in several; which process read a file changes nothing of the result. A process takes a few files
+at a time and as many parts wait as there are processes, so that memory does not grow with the number of files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from medaug.errors import DataError
-from medaug.intake import duplicates
-from medaug.intake.labels import IdentifierTable, Matches, Row, match_files, read_rows
-from medaug.intake.records import IntakeOptions, Item, Record, known_patient, normal_id, quarantine_name
-from medaug.intake.scan import SPLIT_NAMES, Scan, read_pictures
+from medaug.intake import burned_in, duplicates, volumes
+from medaug.intake.join import Joiner
+from medaug.intake.records import IntakeOptions, Item, Record, quarantine_name
+from medaug.intake.scan import Scan, read_pictures
 from medaug.io import raster
 from medaug.io.picture import Picture
 from medaug.transforms import prepare
 
-SPLIT_RANK = {"test": 0, "validation": 1, "training": 2, None: 3}
-IDENTIFYING = ("patient", "patient_name", "accession", "birth_date")
+CHUNK = 8
+FEW = 64  # files that are not worth starting processes for
+SHOWN = 48  # suspects with a picture in the report
+SEARCHED = ("dicom", "raster")
 
 
 @dataclass
@@ -39,121 +54,281 @@ class Quarantine:
         return sorted(self.rows, key=lambda row: (row["code"], row["file"], row["reason"]))
 
 
-class Joiner:
-    """Says for every image what folders, lists and the label table know about it."""
+@dataclass
+class Suspect:
+    """One picture that may hold text: for the report. The thumbnail shows none of it, see `burned_in.thumbnail`."""
 
-    def __init__(self, options: IntakeOptions, items: Sequence[Item]) -> None:
-        self.rows = read_rows(options)
-        self._has_table = options.labels is not None
-        self._by_file: Matches | None = match_files(items, self.rows) if self._has_table and options.key == "file" else None
-        self._by_identifier = IdentifierTable(options.key, self.rows) if self._has_table and options.key != "file" else None
-        self._wants_split = options.split_column is not None
-
-    @property
-    def restored_zeros(self) -> int:
-        """Identifiers that matched only without leading zeros."""
-        return (self._by_file.restored_zeros if self._by_file else 0) + (
-            len(self._by_identifier.restored) if self._by_identifier else 0
-        )
-
-    def is_ambiguous(self, index: int) -> bool:
-        """True if a row of the table could mean this file among others."""
-        return self._by_file is not None and index in self._by_file.ambiguous
-
-    def table_rows(self, index: int, identifiers: Mapping[str, str]) -> list[Row]:
-        """The rows of the label table for an image of item `index`."""
-        if self._by_file is not None:
-            return self._by_file.rows.get(index, [])
-        return self._by_identifier.find(identifiers) if self._by_identifier else []
-
-    def unused(self) -> list[Row]:
-        """Rows that found no image."""
-        used = (self._by_file.used if self._by_file else set()) | (self._by_identifier.used if self._by_identifier else set())
-        return [row for row in self.rows if row.number not in used]
-
-    def record(self, index: int, item: Item, picture: Picture, inner_split: str | None, inner_label: str | None) -> Record:
-        """A record with all that is known about the picture before its pixels are looked at."""
-        rows = self.table_rows(index, picture.identifiers)
-        own = item.label if inner_label is None else inner_label
-        labels = [row.label for row in rows] if self._has_table else [own or ""]
-        patients = [row.patient for row in rows] or [item.patient]
-        # What a table leaves blank, the file may know.
-        patients = patients if any(known_patient(value) for value in patients) else [picture.identifiers.get("patient", "")]
-        groups = [row.group for row in rows] if self._has_table else [item.group]
-        return Record(
-            item=item,
-            source=picture.source,
-            labels=tuple(sorted({label.strip() for label in labels if label.strip()})),
-            split=self._split(rows, item.split if inner_split is None else inner_split),
-            group_keys=_group_keys(patients, groups),
-            secrets=tuple(
-                value for value in {*patients, *(picture.identifiers.get(key, "") for key in IDENTIFYING)} if known_patient(value)
-            ),
-            position=_position(item, picture),
-            volume=_volume(item, picture),
-            modality=picture.modality,
-            acquisition=dict(picture.acquisition),
-        )
-
-    def _split(self, rows: Sequence[Row], own: str | None) -> str | None:
-        if not self._wants_split:
-            return own
-        named = [SPLIT_NAMES.get(row.split.casefold()) for row in rows]
-        return min(named, key=lambda name: SPLIT_RANK[name], default=None)
+    place: tuple[str, str]  # source and position, which sort alike in every run
+    name: str
+    reasons: tuple[str, ...]
+    boxes: int
+    action: str  # "quarantine", "mask" or "keep"
+    thumbnail: np.ndarray | None
 
 
-def _group_keys(patients: Sequence[str], groups: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    known = sorted({known_patient(value) for value in patients} - {""})
-    if known:
-        return tuple(("patient", value) for value in known)
-    return tuple(("column", value) for value in sorted({normal_id(value) for value in groups} - {""}))
+@dataclass
+class Suspects:
+    """Counts of all suspects, and the first few of them by content with their thumbnails."""
+
+    searched: int = 0
+    by_reason: dict[str, int] = field(default_factory=dict)
+    by_action: dict[str, int] = field(default_factory=dict)
+    shown: list[Suspect] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)  # sha256 of the files
+
+    def add(self, found: Suspect) -> None:
+        """Count one; keep its picture if it is among the first."""
+        for reason in found.reasons:
+            self.by_reason[reason] = self.by_reason.get(reason, 0) + 1
+        self.by_action[found.action] = self.by_action.get(found.action, 0) + 1
+        if found.action == "quarantine":
+            self.left_out.add(found.place[0])
+        self.shown = heapq.nsmallest(SHOWN, [*self.shown, found], key=lambda suspect: suspect.place)
+
+    def content(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "searched": self.searched,
+            "suspected": sum(self.by_action.values()),
+            "reasons": dict(sorted(self.by_reason.items())),
+            "actions": dict(sorted(self.by_action.items())),
+        }
 
 
-def _position(item: Item, picture: Picture) -> str:
-    """Where in its file an image lies, for its name; "" if the file holds one image."""
-    if item.kind == "nifti" and "slice_index" in picture.acquisition:
-        return f"_z{int(picture.acquisition['slice_index']):03d}"
-    return ""
+@dataclass
+class Done:
+    """What became of one item."""
+
+    records: list[Record] = field(default_factory=list)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    suspects: list[Suspect] = field(default_factory=list)
+    searched: int = 0
+    not_chosen: int = 0
+    used: set[int] = field(default_factory=set)
+    restored: set[str] = field(default_factory=set)
 
 
-def _volume(item: Item, picture: Picture) -> str | None:
-    """Key of what certainly is of one patient: a NIfTI file, a DICOM study."""
-    if item.kind == "nifti":
-        return f"file {picture.source}"
-    study = normal_id(picture.identifiers.get("study", "")) or normal_id(picture.identifiers.get("series", ""))
-    return f"study {study}" if study else None
+class Reader:
+    """Reads items; made once per process."""
+
+    def __init__(self, options: IntakeOptions, joiner: Joiner, folder: Path | None) -> None:
+        self.options, self.joiner, self.folder = options, joiner, folder
+
+    def read(self, index: int, item: Item) -> Done:
+        """Read all pictures of an item; a fault of its file becomes a row of the quarantine."""
+        done = Done()
+        try:
+            if self.options.dimensions == 3:
+                self._take_volume(done, index, item)
+                return done
+            for number, (picture, split, label) in enumerate(read_pictures(item, self.options.strict)):
+                self._take(done, index, item, number, picture, split, label)
+        except DataError as error:
+            known = [row.patient for row in self.joiner.table_rows(index, {})]  # the table may tell that the name is a patient's
+            done.quarantine.add(quarantine_name(item, known), error.code, error.message)
+        except MemoryError:
+            done.quarantine.add(quarantine_name(item), "image-too-large", "The image does not fit into the memory that is left.")
+        return done
+
+    def _take(
+        self, done: Done, index: int, item: Item, number: int, picture: Picture, split: str | None, label: str | None
+    ) -> None:
+        if not self.joiner.is_chosen(index, picture):
+            done.not_chosen += 1
+            return
+        record = self.joiner.record(index, item, picture, split, label)
+        record.frame = int(picture.acquisition.get("frame", 1)) - 1
+        if item.kind == "npz":
+            record.position = f"#{number}"
+        if not record.labels:
+            _leave_out_unlabelled(record, self.joiner.is_ambiguous(index), done.quarantine)
+            return
+        checked = self._without_text(done, record, picture)
+        if checked is not None and _prepare(record, checked, self.options, done.quarantine):
+            if self.folder is not None and record.unit_image is not None:
+                record.staged = f".{index:07d}_{number:05d}.png"
+                raster.write_unit_png(self.folder / "images" / record.staged, record.unit_image)
+            record.unit_image = None
+            done.records.append(record)
+
+    def _take_volume(self, done: Done, index: int, item: Item) -> None:
+        picture, affine = volumes.read_item(item, self.options)
+        record = self.joiner.record(index, item, picture, None, None)
+        record.position, record.suffix = "", ".nii.gz"
+        if not record.labels:
+            _leave_out_unlabelled(record, self.joiner.is_ambiguous(index), done.quarantine)
+            return
+        done.searched += 1
+        if item.kind == "dicom" and self.options.burned_in != "keep":
+            header = burned_in.header_facts(item.path)
+            for plane in picture.pixels:
+                found = burned_in.suspect(plane, header)
+                if found is not None:  # a volume is not masked: text in a slice means that it is no scan
+                    small = burned_in.thumbnail(plane, found.boxes) if found.boxes else None
+                    name, place = record.quarantine_name, (record.source, "")
+                    done.suspects.append(Suspect(place, name, found.reasons, len(found.boxes), "quarantine", small))
+                    done.quarantine.add(name, "burned-in-text", burned_in.explain(found, "quarantine"))
+                    return
+            record.burned_in = "not found"
+        try:
+            unit, record.intensity = prepare.to_unit(picture, self.options.window)
+        except DataError as error:
+            done.quarantine.add(record.quarantine_name, error.code, error.message)
+            return
+        record.acquisition["original_size"] = list(unit.shape)
+        if record.burned_in:
+            record.acquisition["burned_in_text"] = record.burned_in
+        record.is_blank = bool(unit.min() == unit.max())
+        record.pixels = duplicates.pixel_sha256(unit)
+        record.thumbnail = duplicates.thumbnail(prepare.square(unit[len(unit) // 2], 64)[0])
+        if self.folder is not None:
+            record.staged = f".{index:07d}.nii.gz"
+            volumes.write(self.folder / "images" / record.staged, unit, affine)
+        done.records.append(record)
+
+    def _without_text(self, done: Done, record: Record, picture: Picture) -> Picture | None:
+        """The picture after the policy for burned-in text; None if it is left out."""
+        item = record.item
+        if item.kind not in SEARCHED:
+            return picture
+        done.searched += 1
+        found = burned_in.suspect(picture.pixels, burned_in.header_facts(item.path) if item.kind == "dicom" else {})
+        if found is None:
+            record.burned_in = "not found"
+            return picture
+        action = self.options.burned_in
+        if action == "mask" and not found.boxes:
+            action = "quarantine"  # nothing says where the text is
+        name = record.quarantine_name
+        small = burned_in.thumbnail(picture.pixels, found.boxes) if found.boxes else None
+        done.suspects.append(Suspect((record.source, record.position), name, found.reasons, len(found.boxes), action, small))
+        if action == "quarantine":
+            done.quarantine.add(name, "burned-in-text", burned_in.explain(found, self.options.burned_in))
+            return None
+        record.burned_in = "masked" if action == "mask" else "kept"
+        if action == "keep":
+            return picture
+        record.boxes = found.boxes
+        pixels = burned_in.masked(picture.pixels, found.boxes)
+        return Picture(pixels, picture.unit, picture.modality, picture.acquisition, picture.identifiers, picture.source)
 
 
 def read_records(
-    found: Scan, options: IntakeOptions, folder: Path | None, quarantine: Quarantine, advance: Callable[[int], None]
+    found: Scan,
+    options: IntakeOptions,
+    folder: Path | None,
+    quarantine: Quarantine,
+    advance: Callable[[int], None],
+    suspects: Suspects | None = None,
 ) -> tuple[list[Record], Joiner]:
     """Read all images, write those with a label to ``folder/images`` (None writes nothing), keep thumbnails.
 
     Faults of single files go to the quarantine, and so do images without label and labels without image.
+
+    Args:
+        suspects: receives the pictures that may hold text.
     """
     joiner = Joiner(options, found.items)
+    suspects = Suspects() if suspects is None else suspects
     records: list[Record] = []
     taken: dict[str, tuple[str, str]] = {}
-    for index, item in enumerate(found.items):
-        try:
-            for number, (picture, split, label) in enumerate(read_pictures(item)):
-                record = joiner.record(index, item, picture, split, label)
-                if item.kind == "npz":
-                    record.position = f"#{number}"
-                if not record.labels:
-                    _leave_out_unlabelled(record, joiner.is_ambiguous(index), quarantine)
-                    continue
-                if _prepare(record, picture, options, folder, taken, quarantine):
-                    records.append(record)
-        except DataError as error:
-            known = [row.patient for row in joiner.table_rows(index, {})]  # the table may tell that the name is a patient's
-            quarantine.add(quarantine_name(item, known), error.code, error.message)
+    for done in _all_done(found.items, options, joiner, folder):
+        joiner.add_seen(done.used, done.restored)
+        quarantine.rows.extend(done.quarantine.rows)
+        suspects.searched += done.searched
+        for suspect in done.suspects:
+            suspects.add(suspect)
+        for record in done.records:
+            record.case_id = _case_id(record, taken)
+            if folder is not None:
+                _settle_image(folder, record)
+            records.append(record)
         advance(1)
     for row in joiner.unused():
         quarantine.add(
             f"table row {row.number}", "label-without-image", "No image of the source belongs to this row of the label table."
         )
     return records, joiner
+
+
+def _all_done(items: Sequence[Item], options: IntakeOptions, joiner: Joiner, folder: Path | None) -> Iterator[Done]:
+    """What became of every item, in their order."""
+    if options.workers < 2 or len(items) < FEW:
+        reader = Reader(options, joiner, folder)
+        yield from (reader.read(index, item) for index, item in enumerate(items))
+        return
+    parts = [range(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
+    while parts:
+        with _pool(options.workers, options, joiner, folder) as pool:
+            waiting: list[Any] = []
+            upcoming = iter(parts)
+            try:
+                for _ in range(2 * options.workers):
+                    _submit(pool, waiting, upcoming, items)
+                while waiting:
+                    done = waiting[0][1].result()
+                    part, _ = waiting.pop(0)
+                    parts = parts[1:]
+                    _submit(pool, waiting, upcoming, items)
+                    yield from done
+            except BrokenProcessPool:
+                pass
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        if parts:  # a file killed its process: read the part that was due file by file
+            yield from _one_by_one(parts[0], items, options, joiner, folder)
+            parts = parts[1:]
+
+
+def _submit(pool: ProcessPoolExecutor, waiting: list[Any], upcoming: Iterator[range], items: Sequence[Item]) -> None:
+    part = next(upcoming, None)
+    if part is not None:
+        waiting.append((part, pool.submit(_read_part, [(index, items[index]) for index in part])))
+
+
+def _one_by_one(
+    part: range, items: Sequence[Item], options: IntakeOptions, joiner: Joiner, folder: Path | None
+) -> Iterator[Done]:
+    """Each file in a process of its own, so that the one that kills it is known."""
+    for index in part:
+        try:
+            with _pool(1, options, joiner, folder) as pool:
+                yield from pool.submit(_read_part, [(index, items[index])]).result()
+        except BrokenProcessPool:
+            done = Done()
+            done.quarantine.add(
+                quarantine_name(items[index]),
+                "reader-crashed",
+                "The process that read this file died; the file may be an attack.",
+            )
+            yield done
+
+
+def _pool(workers: int, options: IntakeOptions, joiner: Joiner, folder: Path | None) -> ProcessPoolExecutor:
+    # Not fork: the tracking of this process runs threads, whose locks a forked child would inherit.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(options, joiner, folder))
+
+
+_reader: Reader | None = None
+
+
+def _start_process(options: IntakeOptions, joiner: Joiner, folder: Path | None) -> None:
+    global _reader  # the usual place for what a process of a pool needs for every task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _reader = Reader(options, joiner, folder)
+
+
+def _read_part(part: Sequence[tuple[int, Item]]) -> list[Done]:
+    assert _reader is not None
+    results = []
+    for index, item in part:
+        done = _reader.read(index, item)
+        done.used, done.restored = _reader.joiner.take_seen()
+        results.append(done)
+    return results
 
 
 def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantine) -> None:
@@ -163,15 +338,8 @@ def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantin
     quarantine.add(record.quarantine_name, "image-without-label", reason)
 
 
-def _prepare(
-    record: Record,
-    picture: Picture,
-    options: IntakeOptions,
-    folder: Path | None,
-    taken: dict[str, tuple[str, str]],
-    quarantine: Quarantine,
-) -> bool:
-    """Scale, write and summarise one picture; False if it cannot be used."""
+def _prepare(record: Record, picture: Picture, options: IntakeOptions, quarantine: Quarantine) -> bool:
+    """Scale and summarise one picture; False if it cannot be used."""
     try:
         unit, record.intensity = prepare.to_unit(picture, options.window)
         unit, geometry = prepare.square(unit, options.image_size)
@@ -180,19 +348,29 @@ def _prepare(
         return False
     record.acquisition["original_size"] = geometry["original_size"]
     record.acquisition["padding"] = geometry["padding"]
+    if record.burned_in:
+        record.acquisition["burned_in_text"] = record.burned_in
     record.is_colour = unit.ndim == 3
     record.is_blank = bool(unit.min() == unit.max())
     record.pixels = duplicates.pixel_sha256(unit)
     record.thumbnail = duplicates.thumbnail(unit)
-    record.case_id = _case_id(record, taken)
-    if folder is not None and not (folder / image_path(record)).exists():
-        raster.write_unit_png(folder / image_path(record), unit)
+    record.unit_image = unit
     return True
 
 
 def image_path(record: Record) -> str:
     """Path of a case's image inside the cohort."""
-    return f"images/{record.case_id}.png"
+    return f"images/{record.case_id}{record.suffix}"
+
+
+def _settle_image(folder: Path, record: Record) -> None:
+    """Give the staged image the name of its case; the copy of a file has the same."""
+    staged, final = folder / "images" / record.staged, folder / image_path(record)
+    if final.exists():
+        staged.unlink()
+    else:
+        staged.rename(final)
+    record.staged = ""
 
 
 def _case_id(record: Record, taken: dict[str, tuple[str, str]]) -> str:

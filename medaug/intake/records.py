@@ -13,12 +13,14 @@ import numpy as np
 from medaug import storage
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError
+from medaug.intake.pseudonyms import check_outside, key_path
 
 KEYS = ("file", "sop", "series", "study", "patient", "accession")
+SLICES = ("every", "table", "lesion")
+CONFLICTS = ("quarantine", "majority", "senior", "mean")
+BURNED_IN = ("quarantine", "keep", "mask")
 MAX_IMAGE_SIZE = 2048
-PLAIN_DICOM_NAME = re.compile(
-    r"(?:(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}|[0-2](?:\.\d+){3,})(?:\.(?:dcm|ima))?", re.IGNORECASE
-)
+PLAIN_DICOM_NAME = re.compile(r"(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}(?:\.(?:dcm|ima))?", re.IGNORECASE)
 PLACEHOLDER_IDS = frozenset(
     {
         "",
@@ -60,6 +62,19 @@ class IntakeOptions:
         name: the cohort's name; None takes the name of the output folder.
         sheet: sheet of an XLSX table; None takes the first.
         modality: "CT", "CR" ... where the files do not say.
+        strict: refuse series with gaps, uneven spacing or mixed geometry instead of reporting them.
+        slices: of a volume take "every" slice, those that the "table" names, or the one with the largest "lesion" mask.
+        slice_column: column of the table with the 0-based slice index or the position z in mm, for slices="table".
+        masks: folder of masks named like the volumes, for slices="lesion".
+        dimensions: 2 makes a cohort of slices, 3 keeps the volumes.
+        conflicts: what readers who disagree lead to: "quarantine", the "majority", the "senior" reader's grade or the "mean".
+        reader_column: column of the table that says who read.
+        senior: the reader whose grade decides, for conflicts="senior".
+        burned_in: what suspected text in the pixels leads to: "quarantine", "keep" or "mask".
+        pseudonym_key: file of the key that makes pseudonyms; None takes the one of the user's configuration folder.
+        mapping: file to write the table pseudonym -> original identifier into; None writes none.
+        keep_dicom: folder for de-identified copies of the accepted DICOM files; None writes none.
+        workers: processes that read images; 0 or 1 reads in this one.
     """
 
     source: Path
@@ -80,10 +95,23 @@ class IntakeOptions:
     name: str | None = None
     sheet: str | None = None
     modality: str = ""
+    strict: bool = False
+    slices: str = "every"
+    slice_column: str | None = None
+    masks: Path | None = None
+    dimensions: int = 2
+    conflicts: str = "quarantine"
+    reader_column: str | None = None
+    senior: str | None = None
+    burned_in: str = "quarantine"
+    pseudonym_key: Path | None = None
+    mapping: Path | None = None
+    keep_dicom: Path | None = None
+    workers: int = 0
 
     def config(self) -> dict[str, Any]:
         """What decides the content of the cohort: no path, so that its hash can be published."""
-        left_out = ("source", "out", "labels", "dry_run")
+        left_out = ("source", "out", "labels", "dry_run", "masks", "pseudonym_key", "mapping", "keep_dicom", "workers")
         return {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
 
     def checked(self) -> IntakeOptions:
@@ -96,8 +124,8 @@ class IntakeOptions:
             raise ConfigError("key-unknown", f"--key must be one of {', '.join(KEYS)}, got {self.key!r}.")
         if not 8 <= self.image_size <= MAX_IMAGE_SIZE:
             raise ConfigError("image-size-invalid", f"--image-size must be 8 to {MAX_IMAGE_SIZE} pixels, got {self.image_size}.")
+        self._check_choices()
         source, out = Path(self.source), Path(self.out).resolve()
-        source = source.parent if source.name.upper() == "DICOMDIR" else source
         if not source.exists():
             raise ConfigError("source-missing", "The source to take in does not exist; check the path.")
         if self.labels is not None and not Path(self.labels).is_file():
@@ -105,7 +133,40 @@ class IntakeOptions:
         if source.resolve() == out.resolve():
             raise ConfigError("out-is-source", "The output folder is the source itself; choose another --out.")
         labels = None if self.labels is None else Path(self.labels)
-        return IntakeOptions(**{**self.__dict__, "source": source, "out": out, "labels": labels})
+        keep = None if self.keep_dicom is None else self._outside(Path(self.keep_dicom), source, out)
+        # What may be handed on must not hold the key or the mapping.
+        public = [source if source.is_dir() else source.parent, out, *([keep] if keep else [])]
+        key = check_outside(key_path(self.pseudonym_key), public, "pseudonym key")
+        mapping = None if self.mapping is None else check_outside(self.mapping, public, "mapping table")
+        changed = {"source": source, "out": out, "labels": labels, "pseudonym_key": key, "mapping": mapping, "keep_dicom": keep}
+        return IntakeOptions(**{**self.__dict__, **changed})
+
+    def _check_choices(self) -> None:
+        for option, value, known in (
+            ("slices", self.slices, SLICES),
+            ("conflicts", self.conflicts, CONFLICTS),
+            ("burned-in", self.burned_in, BURNED_IN),
+            ("dimensions", self.dimensions, (2, 3)),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    "option-unknown", f"--{option} must be one of {', '.join(map(str, known))}, got {str(value)[:40]!r}."
+                )
+        if self.conflicts == "senior" and not (self.reader_column and self.senior):
+            raise ConfigError("senior-missing", "--conflicts senior needs --reader-column and --senior.")
+        if self.slices == "table" and not (self.slice_column and self.labels):
+            raise ConfigError("slice-column-missing", "--slices table needs --labels and --slice-column.")
+        if self.slices == "lesion" and self.masks is None:
+            raise ConfigError("masks-missing", "--slices lesion needs --masks, a folder of masks named like the volumes.")
+        if self.masks is not None and not Path(self.masks).is_dir():
+            raise ConfigError("masks-missing", "The folder given with --masks does not exist; check the path.")
+
+    def _outside(self, keep: Path, source: Path, out: Path) -> Path:
+        """The folder for DICOM copies, apart from source and cohort."""
+        keep, folder = keep.resolve(), (source if source.is_dir() else source.parent).resolve()
+        if any(keep.is_relative_to(other) or other.is_relative_to(keep) for other in (folder, out)):
+            raise ConfigError("keep-dicom-inside", "--keep-dicom must be a folder apart from the source and the output.")
+        return keep
 
 
 @dataclass
@@ -119,6 +180,10 @@ class Item:
     split: str | None = None
     group: str = ""
     patient: str = ""
+    series: str = ""  # key shared by the items of one series
+    slice_index: int | None = None  # 0-based place in the sorted series
+    slices: tuple[int, ...] | None = None  # chosen 0-based slices or frames of this file; None takes all
+    members: tuple[tuple[str, Path], ...] = ()  # of a volume: relative path and path of all its files
 
 
 @dataclass
@@ -145,8 +210,17 @@ class Record:
     is_blank: bool = False
     case_id: str = ""
     label: int = -1
+    votes: tuple[tuple[int, str, str], ...] = ()  # of the table: row, reader, label
+    burned_in: str = ""  # "not found", "masked", "kept"; "" if it was not searched
+    boxes: tuple[tuple[int, int, int, int], ...] = ()  # what was masked: top, left, bottom, right
+    frame: int = 0  # 0-based frame of the file
+    staged: str = ""  # name of the image in the folder until its case has an id
+    unit_image: np.ndarray | None = None  # only while it is prepared
+    suffix: str = ".png"
+    identities: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # for the mapping table only
     patient: str = ""
     group: str = ""
+    unit: str = ""  # the group by the content of its files, which no key changes: what the split goes by
 
     def order(self) -> tuple[str, str, str]:
         """Sort key that does not depend on the order in which files are found."""
@@ -203,7 +277,8 @@ def known_patient(value: str) -> str:
 def public_name(item: Item, secrets: Sequence[str]) -> str:
     """The base name of an item, or "" where it may hold an identifier of its patient.
 
-    DICOM files are often named after the patient: only counting names (IM0001) and UIDs pass. For other files a name
+    DICOM files are often named after the patient: only counting names (IM0001) pass; UIDs lead
+    back to the patient. For other files a name
     passes unless it holds one of the `secrets`: the patient's identifier, name, accession number.
     """
     base = item.path.name
@@ -211,10 +286,10 @@ def public_name(item: Item, secrets: Sequence[str]) -> str:
         return ""
     if item.kind == "dicom" and not PLAIN_DICOM_NAME.fullmatch(base):
         return ""
-    return "" if any(_reveals(base, secret) for secret in (item.patient, *secrets)) else base
+    return "" if any(reveals(base, secret) for secret in (item.patient, *secrets)) else base
 
 
-def _reveals(name: str, secret: str) -> bool:
+def reveals(name: str, secret: str) -> bool:
     """True if the name holds the identifier, or for one in parts (a person's name) any part of 3 letters or more."""
     wanted = known_patient(secret)
     if not wanted:

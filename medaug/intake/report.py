@@ -14,8 +14,11 @@ from PIL import Image
 
 from medaug import __version__
 from medaug.cohort import SPLITS, Case, Cohort
+from medaug.intake import volumes
 from medaug.intake.assemble import Assembly
+from medaug.intake.read import Suspect
 from medaug.io import raster
+from medaug.transforms.prepare import square
 
 TILE = 72  # side of a picture on a sheet, in screen pixels
 PER_CLASS = 24
@@ -43,18 +46,20 @@ def content(cohort: Cohort, counts: dict[str, Any], assembly: Assembly, quaranti
         "ordinal": cohort.ordinal,
         "image_size": cohort.image_size,
         "channels": cohort.channels,
+        "spatial_dims": cohort.spatial_dims,
         "intensity": dict(cohort.intensity),
         "created_by": dict(cohort.created_by),
         "source": cohort.source,
         "counts": counts,
         "groups": assembly.groups,
         "leak": assembly.leak,
+        "agreement": assembly.agreement,
         "notes": assembly.notes,
         "quarantine": quarantine,
     }
 
 
-def html(data: dict[str, Any], cohort: Cohort, assembly: Assembly) -> str:
+def html(data: dict[str, Any], cohort: Cohort, assembly: Assembly, suspects: Sequence[Suspect] = ()) -> str:
     """The report as one self-contained HTML page; the cohort's images must be in its folder."""
     import jinja2
 
@@ -71,7 +76,14 @@ def html(data: dict[str, Any], cohort: Cohort, assembly: Assembly) -> str:
         figure=group_figure(cohort, assembly),
         intensity=INTENSITY_TEXT[intensity["kind"]].format(intensity["0"], intensity["1"]),
         listed=data["quarantine"][:LISTED_ROWS],
+        suspects=[(found, "" if found.thumbnail is None else _picture(found.thumbnail)) for found in suspects],
     )
+
+
+def _picture(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return _data_uri(buffer.getvalue())
 
 
 def class_sheet(cohort: Cohort, label: int) -> str:
@@ -114,12 +126,20 @@ def _sheet(cohort: Cohort, cases: Sequence[Case], columns: int) -> str:
     rows = -(-len(cases) // columns)
     sheet = Image.new("RGB", (columns * (TILE + 2), max(rows, 1) * (TILE + 2)), "white")
     for index, case in enumerate(cases):
-        pixels = np.rint(raster.read_unit_png(cohort.path(case)) * 255).astype(np.uint8)
+        pixels = np.rint(_shown(cohort, case) * 255).astype(np.uint8)
         tile = Image.fromarray(pixels).convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
         sheet.paste(tile, (index % columns * (TILE + 2), index // columns * (TILE + 2)))
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return _data_uri(buffer.getvalue())
+
+
+def _shown(cohort: Cohort, case: Case) -> np.ndarray:
+    """The image of a case; of a volume the middle slice, made square."""
+    if cohort.spatial_dims == 2:
+        return raster.read_unit_png(cohort.path(case))
+    volume = volumes.read(cohort.path(case))
+    return square(volume[len(volume) // 2], TILE)[0]
 
 
 def group_figure(cohort: Cohort, assembly: Assembly) -> str:

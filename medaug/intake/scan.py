@@ -16,6 +16,7 @@ from medaug import storage
 from medaug.errors import DataError
 from medaug.intake.records import IntakeOptions, Item, quarantine_name, sha_of
 from medaug.io import dicom, nifti, npz, raster
+from medaug.io.dicomdir import is_dicomdir, read_dicomdir
 from medaug.io.picture import Picture
 
 SPLIT_NAMES = {
@@ -78,8 +79,11 @@ class Scan:
 def scan(options: IntakeOptions) -> Scan:
     """Find the images of a source without decoding them.
 
+    A folder is taken in as it is, with all files in it, listed in a DICOMDIR or not. Where the DICOMDIR itself is the
+    source, its list counts: files beside it that it does not name are left alone.
+
     Raises:
-        DataError: the source is no folder, .npz or datalist, or has too many files.
+        DataError: the source is no folder, DICOMDIR, .npz or datalist, or has too many files; `dicomdir-unreadable`.
     """
     source = options.source
     if source.is_dir():
@@ -88,14 +92,22 @@ def scan(options: IntakeOptions) -> Scan:
         return _scan_datalist(options)
     if source.suffix.lower() == ".npz":
         return Scan([Item(source.name, source, "npz")], "npz", has_splits=True)
+    if is_dicomdir(source):
+        return _scan_dicomdir(source)
     raise DataError(
         "source-unknown",
         f"The source must be a folder, a DICOMDIR, a MedMNIST .npz or a datalist .json; got a {source.suffix or 'plain'} file.",
     )
 
 
-def read_pictures(item: Item) -> Iterator[tuple[Picture, str | None, str | None]]:
+def read_pictures(item: Item, strict: bool = False) -> Iterator[tuple[Picture, str | None, str | None]]:
     """The pictures of one item with the split and label that the file itself gives (archives only).
+
+    One for each chosen slice of a volume or frame of a multi-frame file; `acquisition` says which ("slice_index").
+
+    Args:
+        item: a file of the source.
+        strict: refuse NIfTI whose qform and sform differ.
 
     Raises:
         DataError: the file cannot be used.
@@ -104,9 +116,12 @@ def read_pictures(item: Item) -> Iterator[tuple[Picture, str | None, str | None]
         for split, label, picture in npz.read_medmnist(item.path):
             yield picture, split, str(label)
     elif item.kind == "nifti":
-        yield from ((picture, None, None) for picture in nifti.read_nifti(item.path))
+        yield from ((picture, None, None) for picture in nifti.read_nifti(item.path, strict=strict, chosen=item.slices))
     elif item.kind == "dicom":
-        yield dicom.read_dicom(item.path), None, None
+        for picture in dicom.read_frames(item.path, item.slices):
+            if item.slice_index is not None:
+                picture.acquisition["slice_index"] = item.slice_index
+            yield picture, None, None
     else:
         yield raster.read_raster(item.path), None, None
 
@@ -134,6 +149,29 @@ def _scan_folder(options: IntakeOptions) -> Scan:
     if len(found.items) == 1 and found.items[0].kind == "npz":
         return Scan(found.items, "npz", True, found.ignored, found.quarantine)
     _read_folders(found)
+    return found
+
+
+def _scan_dicomdir(source: Path) -> Scan:
+    """The files that a DICOMDIR names inside its folder; rows for those that are absent or outside."""
+    listing = read_dicomdir(source)
+    found = Scan([], "folder")
+    root = source.parent.resolve()
+    for path in listing.files:
+        kind = kind_of(path)
+        if kind == "dicom":
+            found.items.append(Item(path.relative_to(root).as_posix(), path, kind))
+        else:
+            name = quarantine_name(Item(path.relative_to(root).as_posix(), path, "dicom"))
+            found.quarantine.append(
+                {"file": name, "code": "not-an-image", "reason": "The DICOMDIR names a file that is no DICOM."}
+            )
+    for numbers, code, reason in (
+        (listing.absent, "image-missing", "The DICOMDIR names a file that is not there."),
+        (listing.outside, "path-outside-source", "The DICOMDIR names a file outside its folder, which is not read."),
+    ):
+        found.quarantine += [{"file": f"DICOMDIR record {number}", "code": code, "reason": reason} for number in numbers]
+    found.items.sort(key=lambda item: item.relative)
     return found
 
 

@@ -20,6 +20,7 @@ MAX_ARCHIVE_BYTES = 1 << 34  # an .npz of many images, read as a stream
 MAX_PIXELS = 1 << 26  # one picture, all channels: five times a 13-megapixel mammogram
 MAX_INFLATED_BYTES = 1 << 30  # what a gzip or deflate stream may grow to
 MAX_VOXELS = 1 << 28  # a volume: 512 x 512 x 1024
+MAX_FRAMES = 1 << 14  # of one file: a slice list or a long cine loop
 CHUNK_BYTES = 1 << 20
 
 

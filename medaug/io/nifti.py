@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +26,149 @@ _MAGIC_OFFSETS = {348: 344, 540: 4}
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
-def read_nifti(path: Path) -> Iterator[Picture]:
+def read_nifti(path: Path, *, strict: bool = False, chosen: Sequence[int] | None = None) -> Iterator[Picture]:
     """Read a 2-D image or the axial slices of a 3-D volume, from the feet to the head.
 
     Every slice is turned, by the affine, to the radiological view: the patient's right is on the left of the picture
     and the front (anterior) on top. A file of one slice is shown in its own plane; coronal and sagittal ones have the
     head on top, sagittal ones the front on the left. All checks run before the first slice is yielded.
 
+    A scl_slope of 0 or NaN means "not scaled" (NIfTI-1 standard, nifti1.h). Where qform and sform are both given, the
+    sform counts; if they turn the axes differently the file is refused, if they differ otherwise (by more than a
+    hundredth of a voxel at any corner) the acquisition says ``"geometry_note": "qform-sform-differ"``.
+
+    Args:
+        path: .nii or .nii.gz, whatever its name.
+        strict: refuse files whose qform and sform differ at all.
+        chosen: 0-based slices to yield, in this order from feet to head; None yields all.
+
     Returns:
         Pictures of unit "stored", since NIfTI names neither modality nor unit, after scl_slope and scl_inter.
 
     Raises:
         DataError: `image-unreadable`, `image-truncated`, `image-too-large`, `shape-invalid`, `image-not-finite`,
-            `multi-frame-unsupported` (4-D and more), `pixel-format-invalid` (complex, RGB), `orientation-unknown`.
+            `multi-frame-unsupported` (4-D and more), `pixel-format-invalid` (complex, RGB), `orientation-unknown`,
+            `orientation-conflict` (strict), `slice-outside-volume`.
     """
     path = Path(path)
     limits.check_file(path)
     with limits.decoding("NIfTI"):
-        image = _open(path)
+        image = open_nifti(path)
         shape = _check_header(image)
         orientation = _orientation(image)
+        agree = forms_agree(image)
+        if strict and not agree:
+            raise DataError(
+                "orientation-conflict",
+                "The qform and sform of the NIfTI header differ, so the place of the voxels is not certain.",
+            )
         _check_values(image, shape)
-    return _slices(image, shape, orientation, storage.sha256_file(path))
+    return _slices(image, shape, orientation, storage.sha256_file(path), agree, chosen)
 
 
-def _open(path: Path) -> nib.Nifti1Image:
-    """The image over its bytes in memory; nothing is scaled or converted yet."""
+@dataclass(frozen=True)
+class NiftiHeader:
+    """What `read_nifti` will yield: the number of slices, and where each is along its axis in mm (None if unknown)."""
+
+    num_slices: int
+    positions: tuple[float, ...] | None
+
+
+def read_nifti_header(path: Path) -> NiftiHeader:
+    """The slices of a NIfTI file without their values.
+
+    Positions are along the canonical axis of the slices (for axial ones z, from feet to head), of the first voxel.
+
+    Raises:
+        DataError: as `read_nifti`.
+    """
+    path = Path(path)
+    limits.check_file(path)
+    with limits.decoding("NIfTI"):
+        image = open_nifti(path)
+        shape = _check_header(image)
+        orientation = _orientation(image)
+    axis = _slice_axis(image, shape, orientation)
+    factor = _factor(image)
+    if factor is None or not _known(image):
+        return NiftiHeader(shape[axis], None)
+    canonical, sign = int(orientation[axis, 0]), int(orientation[axis, 1])
+    start, step = float(image.affine[canonical, 3]) * factor, float(image.affine[canonical, axis]) * factor
+    places = range(shape[axis]) if sign > 0 else range(shape[axis] - 1, -1, -1)
+    return NiftiHeader(shape[axis], tuple(start + step * place for place in places))
+
+
+def _known(image: nib.Nifti1Image) -> bool:
+    return int(image.header["qform_code"]) > 0 or int(image.header["sform_code"]) > 0
+
+
+def _factor(image: nib.Nifti1Image) -> float | None:
+    return _MM_PER_UNIT.get(image.header.get_xyzt_units()[0])
+
+
+def forms_agree(image: nib.Nifti1Image) -> bool:
+    """False if qform and sform are both given and put a corner of the volume more than 0.01 voxels apart."""
+    header = image.header
+    if int(header["qform_code"]) <= 0 or int(header["sform_code"]) <= 0:
+        return True
+    shape = (*image.shape, 1, 1, 1)[:3]
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])], dtype=float).T
+    apart = np.linalg.norm(((header.get_qform() - header.get_sform()) @ corners)[:3], axis=0).max()
+    return bool(apart <= 0.01 * float(np.linalg.norm(image.affine[:3, :3], axis=0).min()))
+
+
+def _slice_axis(image: nib.Nifti1Image, shape: tuple[int, int, int], orientation: np.ndarray) -> int:
+    thin = [axis for axis in range(3) if shape[axis] == 1]
+    if len(image.shape) == 2:
+        return 2
+    return thin[0] if len(thin) == 1 else int(np.flatnonzero(orientation[:, 0] == 2)[0])
+
+
+def open_nifti(path: Path) -> nib.Nifti1Image:
+    """The image over its bytes in memory; nothing is scaled or converted yet. Call it inside `limits.decoding`."""
     stream = limits.pieces(path)
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             stream = limits.inflate(stream, wbits=31)
-    data = b"".join(stream)
+    buffer = io.BytesIO()
+    found = None
+    needed = 0
+    for piece in stream:
+        if found is not None and buffer.tell() >= needed:
+            continue  # bytes behind the voxels are counted against the cap, not kept
+        buffer.write(piece)
+        if found is None and buffer.tell() >= 4:
+            found = _kind(buffer.getbuffer()[:544].tobytes())
+            if found is None and buffer.tell() >= 544:
+                break
+            if found is not None:
+                # Checked before the rest is inflated: a bomb with a small header, or a huge header, ends here.
+                needed = _check_raw_header(found.header_class(buffer.getbuffer()[: found.header_class.sizeof_hdr], check=False))
+    if found is None:
+        raise DataError(
+            "image-unreadable", "The file is no single-file NIfTI (.nii or .nii.gz); convert it, for example with dcm2niix."
+        )
+    if buffer.tell() < needed:
+        raise DataError(
+            "image-truncated", f"The NIfTI header declares {needed} bytes, the file holds {buffer.tell()}; copy it again."
+        )
+    buffer.seek(0)
+    holder = FileHolder(fileobj=buffer)
+    return found.from_file_map({"header": holder, "image": holder})
+
+
+def _kind(head: bytes) -> type[nib.Nifti1Image] | None:
+    """NIfTI-1 or -2 by the size and the mark in the first bytes."""
     for size, (kind, magic) in _HEADER_SIZES.items():
         start = _MAGIC_OFFSETS[size]
-        if size in (int.from_bytes(data[:4], "little"), int.from_bytes(data[:4], "big")) and data[start:].startswith(magic):
-            if len(data) < size:
-                break
-            holder = FileHolder(fileobj=io.BytesIO(data))
-            _check_raw_header(kind.header_class(data[:size], check=False), len(data))
-            return kind.from_file_map({"header": holder, "image": holder})
-    raise DataError(
-        "image-unreadable", "The file is no single-file NIfTI (.nii or .nii.gz); convert it, for example with dcm2niix."
-    )
+        sizes = (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+        if size in sizes and head[start:].startswith(magic) and len(head) >= size:
+            return kind
+    return None
 
 
-def _check_raw_header(header: nib.Nifti1Header, num_bytes: int) -> None:
-    """Check the fields as they are in the file, since nibabel would trust or replace them."""
+def _check_raw_header(header: nib.Nifti1Header) -> int:
+    """Check the fields as they are in the file, since nibabel would trust or replace them; returns the bytes needed."""
     # 0 and NaN mean "no scaling"; nibabel takes infinity for that too
     if np.isinf(float(header["scl_slope"])) or np.isinf(float(header["scl_inter"])):
         raise DataError("rescale-invalid", "The NIfTI scl_slope and scl_inter must be finite numbers; repair the header.")
@@ -78,11 +177,16 @@ def _check_raw_header(header: nib.Nifti1Header, num_bytes: int) -> None:
         raise DataError("shape-invalid", f"The NIfTI header declares {num_dims} dimensions; 2 or 3 were expected.")
     sizes = [int(size) for size in header["dim"][1 : num_dims + 1]]
     limits.check_shape(sizes, limits.MAX_VOXELS)
-    needed = int(np.prod(sizes)) * int(header["bitpix"]) // 8 + int(header["vox_offset"])
-    if num_bytes < needed:
+    offset = float(header["vox_offset"])
+    if not 0 <= offset <= limits.MAX_INFLATED_BYTES:
+        raise DataError("image-unreadable", "The NIfTI vox_offset points outside the file; repair the header.")
+    needed = prod(sizes) * int(header["bitpix"]) // 8 + int(offset)
+    if needed > limits.MAX_INFLATED_BYTES:
         raise DataError(
-            "image-truncated", f"The NIfTI header declares {needed} bytes, the file holds {num_bytes}; copy it again."
+            "image-too-large",
+            f"The NIfTI voxels take {needed} bytes, more than the cap of {limits.MAX_INFLATED_BYTES}; crop them.",
         )
+    return needed
 
 
 def _check_header(image: nib.Nifti1Image) -> tuple[int, int, int]:
@@ -133,26 +237,64 @@ def _plane(image: nib.Nifti1Image, shape: tuple[int, int, int], axis: int, index
         return np.asarray(image.dataobj[tuple(slicer[: len(image.shape)])]).reshape(sizes).astype(np.float32)
 
 
-def _slices(image: nib.Nifti1Image, shape: tuple[int, int, int], orientation: np.ndarray, source: str) -> Iterator[Picture]:
+def _slices(
+    image: nib.Nifti1Image,
+    shape: tuple[int, int, int],
+    orientation: np.ndarray,
+    source: str,
+    agree: bool,
+    chosen: Sequence[int] | None,
+) -> Iterator[Picture]:
     canonical, sign = orientation[:, 0], orientation[:, 1]
-    thin = [axis for axis in range(3) if shape[axis] == 1]
-    axis = thin[0] if len(thin) == 1 else int(np.flatnonzero(canonical == 2)[0])
-    if len(image.shape) == 2:
-        axis = 2
+    axis = _slice_axis(image, shape, orientation)
     first, second = (other for other in range(3) if other != axis)
-    for index in range(shape[axis]):
+    places = range(shape[axis]) if chosen is None else sorted(set(chosen))
+    if any(not 0 <= index < shape[axis] for index in places):
+        raise DataError(
+            "slice-outside-volume", f"A slice was chosen that the file does not have: its {shape[axis]} count from 0."
+        )
+    for index in places:
         stored_index = index if sign[axis] > 0 else shape[axis] - 1 - index
         plane = _plane(image, shape, axis, stored_index)
         # Canonical axes grow to the right, front and head of the patient. A picture's columns run against the lower
         # axis and its rows against the higher one: right of the patient on the left, front or head on top.
         plane = plane[:: -sign[first], :: -sign[second]]
-        pixels = plane.T if canonical[first] < canonical[second] else plane
-        yield Picture(
-            np.ascontiguousarray(pixels),
-            "stored",
-            acquisition=_facts(image, pixels.shape, (first, second), orientation, axis, index, shape[axis]),
-            source=source,
-        )
+        turned = bool(canonical[first] < canonical[second])
+        pixels = plane.T if turned else plane
+        facts = _facts(image, pixels.shape, (first, second), orientation, axis, index, shape[axis])
+        facts |= _geometry(image, shape, axis, stored_index, orientation, (first, second) if turned else (second, first))
+        if not agree:
+            facts["geometry_note"] = "qform-sform-differ"
+        yield Picture(np.ascontiguousarray(pixels), "stored", acquisition=facts, source=source)
+
+
+def _geometry(
+    image: nib.Nifti1Image,
+    shape: tuple[int, int, int],
+    axis: int,
+    stored_index: int,
+    orientation: np.ndarray,
+    column_and_row: tuple[int, int],
+) -> dict[str, Any]:
+    """orientation and position_mm as DICOM means them (patient axes to the left, back and head), where the header knows.
+
+    Args:
+        column_and_row: the stored axes along which the columns and the rows of the picture are counted.
+    """
+    factor = _factor(image)
+    if factor is None or not _known(image):
+        return {}
+    to_dicom = np.array([-1.0, -1.0, 1.0])
+    corner = np.zeros(3)
+    corner[axis] = stored_index
+    directions = []
+    for stored in column_and_row:
+        step = -int(orientation[stored, 1])  # pictures run against the canonical axes
+        corner[stored] = 0 if step > 0 else shape[stored] - 1
+        vector = image.affine[:3, stored] * step * to_dicom
+        directions += (vector / np.linalg.norm(vector)).tolist()
+    position = (image.affine[:3, :3] @ corner + image.affine[:3, 3]) * factor * to_dicom
+    return {"orientation": [float(value) for value in directions], "position_mm": [float(value) for value in position]}
 
 
 def _facts(
@@ -165,16 +307,15 @@ def _facts(
     num_slices: int,
 ) -> dict[str, Any]:
     header = image.header
-    known = int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
     facts: dict[str, Any] = {
         "original_size": [int(size[0]), int(size[1])],
         "bits": int(header["bitpix"]),
         "format": "NIfTI",
-        "plane": PLANES[int(orientation[axis, 0])] if known else "unknown",
+        "plane": PLANES[int(orientation[axis, 0])] if _known(image) else "unknown",
     }
     if num_slices > 1:
         facts["slice_index"] = index
-    factor = _MM_PER_UNIT.get(header.get_xyzt_units()[0])
+    factor = _factor(image)
     if factor is not None:
         spacing = np.linalg.norm(image.affine[:3, :3], axis=0) * factor
         columns, rows = sorted(in_plane, key=lambda other: orientation[other, 0])

@@ -195,7 +195,7 @@ def test_patients_are_never_divided_and_stay_pseudonymous(tmp_path):
     cohort = take(source, tmp_path / "out", labels=tmp_path / "t.csv").cohort
     case = {case.name: case for case in cohort.cases()}
     assert case["0.png"].patient == case["1.png"].patient == case["0.png"].group
-    assert re.fullmatch("p[0-9a-f]{12}", case["0.png"].patient)
+    assert re.fullmatch("p[0-9a-f]{16}", case["0.png"].patient)
     assert len({own.patient for own in cohort.cases()}) == 12
 
 

@@ -13,14 +13,12 @@ from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import (
-    UID,
     BasicTextSRStorage,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEGLosslessSV1,
     RLELossless,
 )
 
@@ -111,6 +109,8 @@ def test_ct_comes_in_hounsfield_units(tmp_path):
         "spacing_mm": [0.75, 0.5],
         "window_center": -600,
         "window_width": 1500,
+        "num_windows": 2,
+        "window": [-1350, 149],
     }
     assert picture.identifiers == {
         "patient": "MRN-4711",
@@ -262,7 +262,6 @@ def test_bad_rescale_is_refused(tmp_path, slope):
     ("elements", "code"),
     [
         ({"NumberOfFrames": "3"}, "multi-frame-unsupported"),
-        ({"SharedFunctionalGroupsSequence": [Dataset()]}, "multi-frame-unsupported"),
         ({"BitsStored": 17}, "pixel-format-invalid"),
         ({"BitsStored": 0}, "pixel-format-invalid"),
         ({"HighBit": 7}, "pixel-format-invalid"),
@@ -294,17 +293,6 @@ def test_reports_are_no_images(tmp_path):
     dataset = make(SOPClassUID=BasicTextSRStorage, without=("Rows", "Columns"))
     del dataset.PixelData
     with pytest.raises(DataError, match=r"not-an-image.*Basic Text SR"):
-        read_dicom(save(tmp_path / "a", dataset))
-
-
-def test_undecodable_transfer_syntaxes_name_the_package(tmp_path):
-    dataset = make()
-    dataset.compress(RLELossless, generate_instance_uid=False)
-    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
-    with pytest.raises(DataError, match=r"transfer-syntax-unsupported.*JPEG Lossless.*pylibjpeg"):
-        read_dicom(save(tmp_path / "a", dataset))
-    dataset.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.100")
-    with pytest.raises(DataError, match=r"transfer-syntax-unsupported.*MPEG"):
         read_dicom(save(tmp_path / "a", dataset))
 
 

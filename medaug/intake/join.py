@@ -1,0 +1,178 @@
+"""Joining images with what is known about them: folders, lists, the label table and the header of the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from medaug.errors import ConfigError
+from medaug.intake.labels import IdentifierTable, Matches, Row, match_files, read_rows
+from medaug.intake.readers import same_reader
+from medaug.intake.records import IntakeOptions, Item, Record, known_patient, normal_id
+from medaug.intake.scan import SPLIT_NAMES
+from medaug.io.picture import Picture
+from medaug.io.stacks import slice_unit
+
+SPLIT_RANK = {"test": 0, "validation": 1, "training": 2, None: 3}
+IDENTIFYING = ("patient", "patient_name", "accession", "birth_date")
+MAPPED = ("patient", "study", "series", "sop", "accession")
+IS_POSITION = re.compile(r"(^|[^a-z])z([^a-z]|$)|pos|loc|mm", re.IGNORECASE)
+POSITION_TOLERANCE_MM = 0.05
+
+
+class Joiner:
+    """Says for every image what folders, lists and the label table know about it."""
+
+    def __init__(self, options: IntakeOptions, items: Sequence[Item]) -> None:
+        self.rows = read_rows(options)
+        self._has_table = options.labels is not None
+        self._by_file: Matches | None = match_files(items, self.rows) if self._has_table and options.key == "file" else None
+        self._by_identifier = IdentifierTable(options.key, self.rows) if self._has_table and options.key != "file" else None
+        self._wants_split = options.split_column is not None
+        self._slices = options.slices if options.slice_column else ""
+        unit = slice_unit(row.place for row in self.rows) if self._slices else "index"
+        self._by_position = unit == "mm" or bool(IS_POSITION.search(options.slice_column or ""))
+        self._maps = options.mapping is not None
+        self._found: set[int] = set()  # rows whose slice was seen
+        if options.conflicts == "senior" and not any(same_reader(row.reader, options.senior) for row in self.rows):
+            raise ConfigError("senior-unknown", "The reader given with --senior is not in the reader column; check the spelling.")
+
+    @property
+    def restored_zeros(self) -> int:
+        """Identifiers that matched only without leading zeros."""
+        return (self._by_file.restored_zeros if self._by_file else 0) + (
+            len(self._by_identifier.restored) if self._by_identifier else 0
+        )
+
+    def is_ambiguous(self, index: int) -> bool:
+        """True if a row of the table could mean this file among others."""
+        return self._by_file is not None and index in self._by_file.ambiguous
+
+    def table_rows(self, index: int, identifiers: Mapping[str, str]) -> list[Row]:
+        """The rows of the label table for an image of item `index`."""
+        if self._by_file is not None:
+            return self._by_file.rows.get(index, [])
+        return self._by_identifier.find(identifiers) if self._by_identifier else []
+
+    @property
+    def used(self) -> set[int]:
+        """Numbers of the rows that found an image, as far as images were read."""
+        if self._slices:
+            return self._found
+        return (self._by_file.used if self._by_file else set()) | (self._by_identifier.used if self._by_identifier else set())
+
+    def take_seen(self) -> tuple[set[int], set[str]]:
+        """Rows and restored identifiers found since the last call, for the joiner of another process."""
+        if self._slices:
+            used, self._found = self._found, set()
+        elif self._by_identifier:
+            used, self._by_identifier.used = self._by_identifier.used, set()
+        else:
+            used = set()  # the join by file is done before the files are read
+        restored: set[str] = set()
+        if self._by_identifier:
+            restored, self._by_identifier.restored = self._by_identifier.restored, set()
+        return used, restored
+
+    def add_seen(self, used: set[int], restored: set[str]) -> None:
+        """Take over what the joiner of another process found."""
+        if self._slices:
+            self._found |= used
+        elif self._by_identifier:
+            self._by_identifier.used |= used
+        if self._by_identifier:
+            self._by_identifier.restored |= restored
+
+    def unused(self) -> list[Row]:
+        """Rows that found no image."""
+        used = self.used
+        return [row for row in self.rows if row.number not in used]
+
+    def is_chosen(self, index: int, picture: Picture) -> bool:
+        """False for a slice of a volume that the table knows but does not choose."""
+        if self._slices != "table":
+            return True
+        rows = self.table_rows(index, picture.identifiers)
+        return not rows or bool(self._of_slice(rows, picture))
+
+    def _of_slice(self, rows: list[Row], picture: Picture) -> list[Row]:
+        """The rows that mean the slice (or no slice in particular)."""
+        if not self._slices:
+            return rows
+        kept = [row for row in rows if not row.place or _is_place(row.place, picture.acquisition, self._by_position)]
+        self._found.update(row.number for row in kept)
+        return kept
+
+    def record(self, index: int, item: Item, picture: Picture, inner_split: str | None, inner_label: str | None) -> Record:
+        """A record with all that is known about the picture before its pixels are looked at."""
+        rows = self._of_slice(self.table_rows(index, picture.identifiers), picture)
+        own = item.label if inner_label is None else inner_label
+        labels = [row.label for row in rows] if self._has_table else [own or ""]
+        patients = [row.patient for row in rows] or [item.patient]
+        # What a table leaves blank, the file may know.
+        patients = patients if any(known_patient(value) for value in patients) else [picture.identifiers.get("patient", "")]
+        groups = [row.group for row in rows] if self._has_table else [item.group]
+        return Record(
+            item=item,
+            source=picture.source,
+            labels=tuple(sorted({label.strip() for label in labels if label.strip()})),
+            split=self._split(rows, item.split if inner_split is None else inner_split),
+            group_keys=_group_keys(patients, groups),
+            secrets=tuple(
+                value for value in {*patients, *(picture.identifiers.get(key, "") for key in IDENTIFYING)} if known_patient(value)
+            ),
+            position=_position(item, picture),
+            volume=_volume(item, picture),
+            modality=picture.modality,
+            acquisition=dict(picture.acquisition),
+            votes=tuple((row.number, row.reader, row.label.strip()) for row in rows if row.label.strip()),
+            identities=self._identities(patients, picture) if self._maps else (),
+        )
+
+    def _identities(self, patients: Sequence[str], picture: Picture) -> tuple[tuple[str, str], ...]:
+        known = {("patient", value.strip()) for value in patients if known_patient(value)}
+        return tuple(sorted(known | {(kind, picture.identifiers[kind]) for kind in MAPPED[1:] if picture.identifiers.get(kind)}))
+
+    def _split(self, rows: Sequence[Row], own: str | None) -> str | None:
+        if not self._wants_split:
+            return own
+        named = [SPLIT_NAMES.get(row.split.casefold()) for row in rows]
+        return min(named, key=lambda name: SPLIT_RANK[name], default=None)
+
+
+def _group_keys(patients: Sequence[str], groups: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    known = sorted({known_patient(value) for value in patients} - {""})
+    if known:
+        return tuple(("patient", value) for value in known)
+    return tuple(("column", value) for value in sorted({normal_id(value) for value in groups} - {""}))
+
+
+def _is_place(text: str, facts: Mapping[str, Any], by_position: bool) -> bool:
+    """True if a table's slice index (0-based), or position along z in mm, is that of an image with these facts."""
+    try:
+        wanted = float(text.replace(",", "."))
+    except ValueError:
+        return False
+    if not by_position:
+        return facts.get("slice_index", facts["frame"] - 1 if "frame" in facts else None) == int(wanted)
+    position = facts.get("position_mm")
+    return position is not None and math.isclose(float(position[2]), wanted, abs_tol=POSITION_TOLERANCE_MM)
+
+
+def _position(item: Item, picture: Picture) -> str:
+    """Where in its file an image lies, for its name; "" if the file holds one image."""
+    if item.kind == "nifti" and "slice_index" in picture.acquisition:
+        return f"_z{int(picture.acquisition['slice_index']):03d}"
+    if item.kind == "dicom" and "frame" in picture.acquisition:
+        return f"_f{int(picture.acquisition['frame']):03d}"
+    return ""
+
+
+def _volume(item: Item, picture: Picture) -> str | None:
+    """Key of what certainly is of one patient: a NIfTI file, a DICOM study."""
+    if item.kind == "nifti":
+        return f"file {picture.source}"
+    study = normal_id(picture.identifiers.get("study", "")) or normal_id(picture.identifiers.get("series", ""))
+    return f"study {study}" if study else None

@@ -1,0 +1,171 @@
+"""The frames of multi-frame DICOM: what holds for each one, from the functional groups, and their order in space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pydicom import Dataset
+
+from medaug.io.dicom_elements import codes, decimals, double, has, items
+
+# Functional group macro -> the elements of it that concern us (PS3.3 C.7.6.16.2, C.8.13, C.8.15)
+MACROS = {
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    "CTImageFrameTypeSequence": ("FrameType",),
+    "MRImageFrameTypeSequence": ("FrameType",),
+    "PETFrameTypeSequence": ("FrameType",),
+    "FrameContentSequence": ("TemporalPositionIndex", "FrameAcquisitionNumber", "StackID", "InStackPositionNumber"),
+    "TemporalPositionSequence": ("TemporalPositionTimeOffset",),
+    "CardiacSynchronizationSequence": ("NominalPercentageOfCardiacPhase", "NominalCardiacTriggerDelayTime"),
+    "MREchoSequence": ("EffectiveEchoTime",),
+    "MRDiffusionSequence": ("DiffusionBValue",),
+}
+_LEFT_OUT = frozenset({"PixelData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"})
+# What may tell the phases of a 4-D series apart, the surest first.
+PHASE_KEYWORDS = (
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "TemporalPositionTimeOffset",
+    "NominalPercentageOfCardiacPhase",
+    "NominalCardiacTriggerDelayTime",
+    "TriggerTime",
+    "FrameReferenceTime",
+    "DiffusionBValue",
+    "EffectiveEchoTime",
+    "EchoTime",
+    "AcquisitionNumber",
+    "FrameAcquisitionNumber",
+)
+PHASE_SEPARATOR = "|"
+
+
+def is_enhanced(dataset: Dataset) -> bool:
+    """True if the facts of the frames are in functional groups (PS3.3 C.7.6.16)."""
+    return has(dataset, "SharedFunctionalGroupsSequence") or has(dataset, "PerFrameFunctionalGroupsSequence")
+
+
+def frame_views(dataset: Dataset, frames: int) -> list[Dataset]:
+    """One small data set per frame with the elements that hold for it, without pixels.
+
+    Per-frame groups come before shared ones, and those before elements outside of the groups. The data set itself for a
+    plain single frame. Without groups the frames of one file have no position of their own.
+    """
+    if frames == 1 and not is_enhanced(dataset):
+        return [dataset]
+    common = _without(dataset, _LEFT_OUT)
+    shared, per_frame = items(dataset, "SharedFunctionalGroupsSequence"), items(dataset, "PerFrameFunctionalGroupsSequence")
+    if frames > 1:
+        common = _without(common, {"ImagePositionPatient"})
+    if shared:
+        _take(common, shared[0])
+    views = []
+    for index in range(frames):
+        view = Dataset({element.tag: element for element in (common.get_item(tag) for tag in common.keys())})  # noqa: SIM118 - iterating converts
+        view.file_meta = dataset.file_meta
+        if index < len(per_frame):
+            _take(view, per_frame[index])
+        views.append(view)
+    return views
+
+
+def _without(dataset: Dataset, keywords: frozenset[str] | set[str]) -> Dataset:
+    left = Dataset({tag: dataset.get_item(tag) for tag in dataset.keys()})  # noqa: SIM118 - iterating converts
+    for keyword in keywords:
+        if has(left, keyword):
+            del left[keyword]
+    if hasattr(dataset, "file_meta"):
+        left.file_meta = dataset.file_meta
+    return left
+
+
+def _take(view: Dataset, group: Dataset) -> None:
+    for macro, keywords in MACROS.items():
+        for item in items(group, macro)[:1]:
+            for keyword in keywords:
+                if has(item, keyword):
+                    element = item.get_item(keyword)
+                    view[element.tag] = element
+
+
+def orientation_of(view: Dataset) -> tuple[float, ...] | None:
+    """ImageOrientationPatient (PS3.3 C.7.6.2.1.1): two perpendicular unit vectors, else None."""
+    values = decimals(view, "ImageOrientationPatient", 6)
+    if values is None:
+        return None
+    row, column = np.array(values[:3]), np.array(values[3:])
+    lengths = np.linalg.norm([row, column], axis=1)
+    return values if np.abs(lengths - 1).max() < 0.01 and abs(row @ column) < 0.01 else None
+
+
+def position_of(view: Dataset) -> tuple[float, ...] | None:
+    """ImagePositionPatient in mm, or None."""
+    return decimals(view, "ImagePositionPatient", 3)
+
+
+def spacing_of(view: Dataset) -> tuple[float, ...] | None:
+    """PixelSpacing [between rows, between columns] in mm, or None."""
+    values = decimals(view, "PixelSpacing", 2)
+    return values if values is not None and min(values) > 0 else None
+
+
+def normal_of(orientation: Sequence[float]) -> np.ndarray:
+    """Unit normal of a plane, turned so that its largest component is positive: axial slices run from feet to head."""
+    normal = np.cross(orientation[:3], orientation[3:])
+    normal = normal / np.linalg.norm(normal)
+    return normal if normal[np.abs(normal).argmax()] > 0 else -normal
+
+
+def projected(orientation: Sequence[float], position: Sequence[float]) -> float:
+    """Position of a slice in mm along `normal_of` its plane."""
+    return float(normal_of(orientation) @ np.array(position))
+
+
+def phase_of(view: Dataset) -> str:
+    """What may tell 4-D phases apart: the values of `PHASE_KEYWORDS`, joined; "" if none is there."""
+    values = [double(view, keyword) if has(view, keyword) else None for keyword in PHASE_KEYWORDS]
+    return (
+        PHASE_SEPARATOR.join("" if value is None else f"{value:g}" for value in values)
+        if any(value is not None for value in values)
+        else ""
+    )
+
+
+def frame_order(views: Sequence[Dataset]) -> list[int]:
+    """0-based frames sorted by stack, phase and projected position; as stored where a position is missing or planes differ."""
+    places: list[tuple[Any, ...]] = []
+    first = orientation_of(views[0])
+    for index, view in enumerate(views):
+        orientation, position = orientation_of(view), position_of(view)
+        if orientation is None or position is None or first is None or np.abs(np.subtract(orientation, first)).max() > 1e-3:
+            return list(range(len(views)))
+        places.append((phase_of(view), round(projected(first, position), 4), index))
+    return [place[-1] for place in sorted(places, key=lambda place: (_phase_key(place[0]), place[1], place[2]))]
+
+
+def _phase_key(phase: str) -> tuple[float, ...]:
+    return tuple(float(part) if part else -np.inf for part in phase.split(PHASE_SEPARATOR)) if phase else ()
+
+
+def geometry_facts(view: Dataset) -> dict[str, Any]:
+    """orientation, position_mm, slice_thickness_mm, slice_spacing_mm, detector_spacing_mm and image_type, where valid."""
+    facts: dict[str, Any] = {}
+    for name, values in (("orientation", orientation_of(view)), ("position_mm", position_of(view))):
+        if values is not None:
+            facts[name] = list(values)
+    for name, keyword in (("slice_thickness_mm", "SliceThickness"), ("slice_spacing_mm", "SpacingBetweenSlices")):
+        length = decimals(view, keyword, 1)
+        if length is not None and length[0] > 0:
+            facts[name] = length[0]
+    detector = decimals(view, "ImagerPixelSpacing", 2)  # at the detector, not in the patient (PS3.3 10.7.1.3)
+    if detector is not None and min(detector) > 0:
+        facts["detector_spacing_mm"] = list(detector)
+    image_type = codes(view, "FrameType") or codes(view, "ImageType")
+    if image_type:
+        facts["image_type"] = list(image_type)
+    return facts
