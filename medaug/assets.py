@@ -91,12 +91,11 @@ def bundle_root(name_or_path: str | os.PathLike[str]) -> Path:
 
 def list_profiles() -> list[str]:
     """Names of the shipped profiles, sorted."""
-    folder = configs_root() / "profiles"
-    return sorted(path.stem for path in folder.glob("*.yaml")) if folder.is_dir() else []
+    return _list_configs("profiles")
 
 
 def profile_path(name_or_path: str | os.PathLike[str]) -> Path:
-    """Absolute path of a profile, an overlay on a bundle's train.yaml.
+    """Absolute path of a profile, an overlay on a bundle's configs.
 
     Args:
         name_or_path: the name of a shipped profile, or the path of a YAML or JSON file.
@@ -104,15 +103,33 @@ def profile_path(name_or_path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: no such profile (code `profile-unknown`); the message lists the known names.
     """
-    names = list_profiles()
+    return _config_path("profile", name_or_path)
+
+
+def list_experiments() -> list[str]:
+    """Names of the shipped experiments, sorted."""
+    return _list_configs("experiments")
+
+
+def experiment_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Absolute path of an experiment's file; arguments and errors as `profile_path` (code `experiment-unknown`)."""
+    return _config_path("experiment", name_or_path)
+
+
+def _list_configs(folder: str) -> list[str]:
+    return sorted(path.stem for path in (configs_root() / folder).glob("*.yaml"))
+
+
+def _config_path(kind: str, name_or_path: str | os.PathLike[str]) -> Path:
+    names = _list_configs(f"{kind}s")
     if os.fspath(name_or_path) in names:
-        return configs_root() / "profiles" / f"{os.fspath(name_or_path)}.yaml"
+        return configs_root() / f"{kind}s" / f"{os.fspath(name_or_path)}.yaml"
     path = Path(name_or_path).expanduser()
     if path.suffix in _PROFILE_SUFFIXES and path.is_file():
         return path.resolve()
     raise ConfigError(
-        "profile-unknown",
-        f"A profile must be one of {_listed(names)} or the path of a YAML or JSON file, got {_shown(name_or_path)!r}.",
+        f"{kind}-unknown",
+        f"The {kind} must be one of {_listed(names)} or the path of a YAML or JSON file, got {_shown(name_or_path)!r}.",
     )
 
 

@@ -31,7 +31,7 @@ def take_in(options: IntakeOptions, *, tracking: Mapping[str, Any] | None = None
             {
                 "config_sha256": result.cohort.created_by["config_sha256"],
                 "cohort_sha256": result.cohort.content_sha256,
-                **options.config(),
+                **{key: value for key, value in options.config().items() if key != "senior"},  # a person's name
             }
         )
         run.log_cohort(result.cohort, "intake")
@@ -50,6 +50,9 @@ def gate_synthetic(
     checks: Sequence[str] | None = None,
     threshold: float = 0.8,
     filter_recipe: Mapping[str, Any] | None = None,
+    label: str = "filter",
+    amst: Mapping[str, Any] | None = None,
+    weights: Path | None = None,
     seed: int = 0,
     quotas: Sequence[int] | None = None,
     filter_dir: Path | None = None,
@@ -60,15 +63,21 @@ def gate_synthetic(
 
     Args:
         filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
+        label: "filter" or "amst", see `run_gate`.
+        amst: fields of `AmstRecipe` that differ from its default.
+        weights: checkpoint that AMST's backbone starts from.
         others: see `run_gate` and `track`.
     """
     from medaug.quality.gate import DEFAULT_CHECKS, run_gate
     from medaug.quality.pseudo_label import default_recipe
+    from medaug.training.amst_recipe import amst_recipe
 
     names = list(checks or DEFAULT_CHECKS)
     recipe = change(default_recipe(), filter_recipe or {})
-    with track("gate", name=f"gate {storage.sha256_json([names, threshold, seed])[:8]}", **tracking or {"enabled": False}) as run:
-        run.log_params({"checks": names, "threshold": threshold, "seed": seed})
+    heads = amst_recipe("amst", amst) if label == "amst" else None
+    settings = {"checks": names, "threshold": threshold, "seed": seed, "label": label}
+    with track("gate", name=f"gate {storage.sha256_json(settings)[:8]}", **tracking or {"enabled": False}) as run:
+        run.log_params(settings)
         return run_gate(
             synthetic,
             cohort,
@@ -77,6 +86,9 @@ def gate_synthetic(
             threshold=threshold,
             quotas=quotas,
             recipe=recipe,
+            label=label,
+            amst=heads,
+            weights=weights,
             seed=seed,
             filter_dir=filter_dir,
             allow_short=allow_short,
@@ -106,6 +118,9 @@ def grade_arms(
     seeds: int = 3,
     profile: str = "cpu32",
     command: str = "",
+    synthetic_per_real: float | None = None,
+    allocation: str = "as_generated",
+    amst: Mapping[str, Any] | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
@@ -123,7 +138,20 @@ def grade_arms(
     ) as run:
         run.log_params({"arms": [arm.split("=")[0] for arm in arms], "networks": names, "seeds": seeds, "profile": profile})
         run.log_cohort(read_cohort(cohort), "grading")
-        result = grade(cohort, out, arms, names, seeds, profile, progress=True, command=command, tracking=run)
+        result = grade(
+            cohort,
+            out,
+            arms,
+            names,
+            seeds,
+            profile,
+            synthetic_per_real=synthetic_per_real,
+            allocation=allocation,
+            amst=amst,
+            progress=True,
+            command=command,
+            tracking=run,
+        )
         run.log_table(result["rows"], "rows.json")
         run.log_dict(result["verdict"], "verdict.json")
         for name in ("report.html", "comparison.png", "table.md"):

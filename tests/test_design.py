@@ -37,12 +37,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     "training": LOWER | {"diffusion", "training", "tracking"},
     "quality": LOWER | {"diffusion", "training", "quality", "tracking"},
     "intake": LOWER | {"intake", "tracking"},
+    "export": BASE | {"io", "export"},
+    "pacs": BASE | {"io", "pacs"},
     "generation": MIDDLE | {"generation", "assets"},
     "grading": MIDDLE | {"grading", "assets"},
     "workflow": BASE | {"assets"},
     "stages": UPPER | {"grading", "generation"},
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
-    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "cli"},
+    "experiment": UPPER | {"stages", "workflow"},
+    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "export", "pacs", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "assets", "cli")

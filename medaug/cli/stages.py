@@ -92,6 +92,10 @@ def gate(
     out: OutOption,
     checks: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label.")] = 0.8,
+    label: Annotated[
+        str, typer.Option(help="filter: a CNN must confirm the label; amst: heads that agree give the label.")
+    ] = "filter",
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint that the backbone of --label amst starts from.")] = None,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Do not fail when a class has no accepted image.")] = False,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
@@ -104,9 +108,17 @@ def gate(
     from medaug.stages import gate_synthetic
 
     names = None if checks is None else [name.strip() for name in checks.split(",")]
-    tracking = tracked_at(tracking_uri)
     result = gate_synthetic(
-        synthetic, cohort, out, checks=names, threshold=threshold, seed=seed, allow_short=allow_short, tracking=tracking
+        synthetic,
+        cohort,
+        out,
+        checks=names,
+        threshold=threshold,
+        label=label,
+        weights=weights,
+        seed=seed,
+        allow_short=allow_short,
+        tracking=tracked_at(tracking_uri),
     )
     lines = [f"{entry.name}: {entry.accepted} of {entry.generated} accepted" for entry in result.acceptance]
     show(result.summary, as_json, "\n".join([*lines, f"Report: {out / 'report.html'}"]))
@@ -116,10 +128,15 @@ def gate(
 def grade(
     cohort: CohortOption,
     out: OutOption,
-    arm: Annotated[list[str], typer.Option(help="none, crop_rotate, oversample, or NAME=FOLDER of accepted images; repeatable.")],
+    arm: Annotated[
+        list[str],
+        typer.Option(help="none, crop_rotate, oversample, NAME=FOLDER of accepted images, NAME=FOLDER:amst; repeatable."),
+    ],
     networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     profile: Annotated[str, typer.Option("--profile", help="Training recipe, the same for every arm.")] = "cpu32",
+    per_real: Annotated[float | None, typer.Option(help="Synthetic images per real one; default: all.")] = None,
+    allocation: Annotated[str, typer.Option(help="Their classes: as_generated, proportional or balance.")] = "as_generated",
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,7 +146,17 @@ def grade(
     """
     from medaug.stages import grade_arms
 
-    result = grade_arms(cohort, out, arm, networks=networks, seeds=seeds, profile=profile, tracking=tracked_at(tracking_uri))
+    result = grade_arms(
+        cohort,
+        out,
+        arm,
+        networks=networks,
+        seeds=seeds,
+        profile=profile,
+        synthetic_per_real=per_real,
+        allocation=allocation,
+        tracking=tracked_at(tracking_uri),
+    )
     show({"rows": result["rows"], "verdict": result["verdict"]}, as_json, _verdict_text(result, out))
 
 

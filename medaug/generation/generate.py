@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,8 @@ from torch.utils.data import Dataset
 
 from medaug import storage
 from medaug.cohort import FILE_NAME, Case, Cohort, created_by, read_cohort, write_cohort
-from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.generation.plan import PlannedCase, batches
-from medaug.generation.sampler import GuidedSampler
+from medaug.errors import ConfigError, DataError, LeakageError, MedaugError
+from medaug.generation.plan import PlannedCase, batches, check_seeds, seed_batches
 from medaug.io.raster import read_unit_png, write_unit_png
 from medaug.progress import progress
 from medaug.tracking import track
@@ -26,6 +26,36 @@ from medaug.training.run_folder import RunRecord
 from medaug.transforms.prepare import restore
 
 PLAN_FILE = "generation.json"
+GEOMETRY_FACTS = (
+    "original_size",
+    "padding",
+    "spacing_mm",
+    "detector_spacing_mm",
+    "orientation",
+    "position_mm",
+    "slice_thickness_mm",
+    "slice_spacing_mm",
+    "slice_index",
+    "series",
+    "lossy",
+    "format",
+)
+
+
+class Sampler(Protocol):
+    """What a session asks of its evaluator's inferer besides images.
+
+    Attributes:
+        keeps_geometry: an image lies where its reference lies in the patient.
+    """
+
+    keeps_geometry: bool
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides its images, besides weights and cohort."""
+
+    def lineage(self, planned: PlannedCase) -> dict[str, Any]:
+        """What the lineage of one image says of how it was sampled."""
 
 
 class PlanBatches(Dataset[dict[str, Any]]):
@@ -36,17 +66,26 @@ class PlanBatches(Dataset[dict[str, Any]]):
         plan: one list per class, see `make_plan`.
         batch_size: images per batch.
         output_dir: synthetic cohort's folder; a batch whose images all exist there is left out.
+
+    Raises:
+        LeakageError: a reference is a validation or test case (code `reference-held-out`).
     """
 
     def __init__(
         self, cohort: Cohort, plan: Sequence[Sequence[PlannedCase]], batch_size: int, output_dir: Path | None = None
     ) -> None:
         self.cohort = cohort
-        images = None if output_dir is None else Path(output_dir) / "images"
-        todo = batches(plan, batch_size)
-        self.batches = [
-            batch for batch in todo if images is None or not all((images / f"{case.id}.png").is_file() for case in batch)
-        ]
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        check_seeds(cohort, {case.reference.id for cases in plan for case in cases})
+        self.batches = [batch for batch in self.cut(plan, batch_size) if not all(map(self.made, batch))]
+
+    def cut(self, plan: Sequence[Sequence[PlannedCase]], batch_size: int) -> list[list[PlannedCase]]:
+        """All batches of a plan; a resumed run must meet the same ones."""
+        return batches(plan, batch_size)
+
+    def made(self, case: PlannedCase) -> bool:
+        """Whether the image exists."""
+        return self.output_dir is not None and (self.output_dir / "images" / f"{case.id}.png").is_file()
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -66,6 +105,23 @@ class PlanBatches(Dataset[dict[str, Any]]):
         return (self[index] for index in range(len(self)))
 
 
+class VariationBatches(PlanBatches):
+    """As `PlanBatches`, with the variations of a seed image in one batch, so that it is inverted once.
+
+    Images that the folder's finished cohort already lists are left out before the batches are cut: a larger plan then costs
+    what it adds, and a killed run still meets the same batches, since the cohort is written at its end.
+    """
+
+    def cut(self, plan: Sequence[Sequence[PlannedCase]], batch_size: int) -> list[list[PlannedCase]]:
+        """See `seed_batches`."""
+        done: set[str] = set()
+        if self.output_dir is not None and (self.output_dir / FILE_NAME).is_file():
+            with suppress(MedaugError):  # images are missing: nothing is left out; another cohort: the session refuses it
+                done = {case.id for case in read_cohort(self.output_dir).training}
+        left = [[case for case in cases if not (case.id in done and self.made(case))] for cases in plan]
+        return seed_batches(left, batch_size)
+
+
 def sample_batch(engine: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """One iteration of the evaluator: samples of one batch of the plan, with the planned cases they belong to."""
     network = engine.network.eval()
@@ -80,7 +136,7 @@ class GenerationSession:
         cohort: the cohort the run was trained on.
         record: the run's record.
         plan: the images to make, see `make_plan`.
-        evaluator: MONAI evaluator over `PlanBatches` whose inferer is a `GuidedSampler` and whose iteration is `sample_batch`.
+        evaluator: MONAI evaluator over `PlanBatches` whose inferer is a `Sampler` and whose iteration is `sample_batch`.
         output_dir: the synthetic cohort's folder.
         seed: decided references and, with an image's id, every draw.
         tracking: keyword arguments of `medaug.tracking.track`.
@@ -95,9 +151,9 @@ class GenerationSession:
     tracking: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def sampler(self) -> GuidedSampler:
+    def sampler(self) -> Sampler:
         """The evaluator's inferer."""
-        sampler: GuidedSampler = self.evaluator.inferer
+        sampler: Sampler = self.evaluator.inferer
         return sampler
 
     def run(self) -> Cohort:
@@ -175,9 +231,7 @@ class GenerationSession:
             "seed": self.seed,
             "reference": planned.reference.id,
             "intended_label": planned.label,
-            "guidance": {"scale": self.sampler.guidance_scale},
-            "noise": {"bottleneck_scale": self.sampler.bottleneck_scale, "bottleneck_mode": self.sampler.bottleneck_mode},
-            "sampler": self.sampler.settings(),
+            **self.sampler.lineage(planned),
             "fit_on": self.record.fit_on,
             "image_sha256": storage.sha256_file(folder / "images" / f"{planned.id}.png"),
         }
@@ -189,9 +243,14 @@ class GenerationSession:
             patient=planned.reference.patient,
             source=self.record.weights_sha256,
             name=planned.id,
-            acquisition={},
+            acquisition=geometry_facts(planned.reference) if self.sampler.keeps_geometry else {},
             lineage=lineage,
         )
+
+
+def geometry_facts(reference: Case) -> dict[str, Any]:
+    """What is known of where a reference image lies and how it was stored; a variation of it lies in the same place."""
+    return {name: value for name, value in reference.acquisition.items() if name in GEOMETRY_FACTS}
 
 
 def check_run(record: RunRecord, cohort: Cohort) -> None:

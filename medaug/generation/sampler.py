@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaug.diffusion.guidance import classifier_free
 from medaug.diffusion.parameterisation import Prediction
 from medaug.diffusion.perturbation import bottleneck_noise
 from medaug.diffusion.sampler import Denoiser, sample
@@ -18,6 +17,8 @@ from medaug.diffusion.schedule import spaced_timesteps
 from medaug.diffusion.steps import STEPS
 from medaug.draws import randn_batch
 from medaug.errors import ConfigError
+from medaug.generation.denoiser import ConditionalDenoiser
+from medaug.generation.plan import PlannedCase
 from medaug.networks.guided_unet import GuidedUNet
 from medaug.training.diffusion import NoiseObjective, build_objective, choose
 
@@ -90,6 +91,8 @@ class GuidedSampler:
         self.step_function = choose("step", STEPS, self.step, self.step_options)
         self.cache = ReferenceCache()
 
+    keeps_geometry = False  # a new image has no place in its reference's patient
+
     def settings(self) -> dict[str, Any]:
         """What a lineage records of the sampler."""
         names = (
@@ -105,6 +108,14 @@ class GuidedSampler:
             "seed",
         )
         return {name: getattr(self, name) for name in names} | {"step_options": dict(self.step_options)}
+
+    def lineage(self, planned: PlannedCase) -> dict[str, Any]:
+        """What the lineage of one image says of how it was sampled."""
+        return {
+            "guidance": {"scale": self.guidance_scale},
+            "noise": {"bottleneck_scale": self.bottleneck_scale, "bottleneck_mode": self.bottleneck_mode},
+            "sampler": self.settings(),
+        }
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet) -> Tensor:
@@ -140,32 +151,15 @@ class GuidedSampler:
     def _denoiser(
         self, network: GuidedUNet, objective: NoiseObjective, ids: list[str], labels: Tensor | None, features: Tensor | None
     ) -> Denoiser:
-        def conditioned(
-            t: int, labels: Tensor | None, features: Tensor | None, keep: Tensor | None
-        ) -> Callable[[Tensor, Tensor], Tensor]:
-            def perturb(h: Tensor) -> Tensor:
-                draw = randn_batch(h.shape[1:], ids, self.seed, "bottleneck", t).to(h)
-                return bottleneck_noise(h, draw.repeat(len(h) // len(ids), 1, 1, 1), self.bottleneck_scale, self.bottleneck_mode)
-
-            noisy = perturb if self.bottleneck_scale > 0 else None
-            return lambda x, time: network(x, time, class_labels=labels, features=features, keep_reference=keep, perturb=noisy)
+        conditional = ConditionalDenoiser(network, objective, labels, features, self.guidance_scale)
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
-            if self.guidance_scale == 1:
-                level = objective.parameterisation.level(objective.schedule, t, len(ids), x_t.device)
-                return objective.parameterisation.denoise(conditioned(t, labels, features, None), x_t, level)
-            # Both passes in one batch: first with the conditions, then with the null label and null features.
-            level = objective.parameterisation.level(objective.schedule, t, 2 * len(ids), x_t.device)
-            both_labels = None if labels is None else torch.cat([labels, torch.full_like(labels, int(network.num_classes or 0))])
-            both_features = None if features is None else features.repeat(2, 1, 1, 1)
-            keep = torch.arange(2 * len(ids), device=x_t.device) < len(ids)
-            both = objective.parameterisation.denoise(
-                conditioned(t, both_labels, both_features, keep), x_t.repeat(2, 1, 1, 1), level
-            )
-            cond, uncond = (
-                Prediction(*(value[part] for value in both)) for part in (slice(None, len(ids)), slice(len(ids), None))
-            )
-            return classifier_free(cond, uncond, self.guidance_scale)
+            query = conditional.ask(x_t, t)
+            h = query.encoded.h
+            if self.bottleneck_scale > 0:
+                draw = randn_batch(h.shape[1:], ids, self.seed, "bottleneck", t).to(h)
+                h = bottleneck_noise(h, draw.repeat(conditional.passes, 1, 1, 1), self.bottleneck_scale, self.bottleneck_mode)
+            return conditional.answer(query, network.decode(query.encoded, h))
 
         return denoise
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from medaug import storage
 from medaug.cohort import Case, Cohort, check_against, read_cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.training.amst import Teacher
+from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
 from medaug.transforms.policies import POLICIES
 
 OVERSAMPLE = "oversample"
 ALLOCATIONS = ("as_generated", "proportional", "balance")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+# FOLDER:amst or FOLDER:amst:UNLABELLED, and the ablations of AMST in its place.
+_TRAINED = re.compile(rf"(?P<folder>.*?):(?P<trainer>{'|'.join(sorted(ABLATIONS, key=len, reverse=True))})(:(?P<unlabelled>.+))?")
 
 Pair = tuple[Cohort, Case]
 
@@ -53,6 +58,11 @@ class Arm:
             "balance" (level the classes).
         extra: images added per class; filled in by `prepare_arms`.
         allow_untrusted: accept synthetic images whose origin is unknown (made elsewhere).
+        amst: each network is trained by AMST, which labels the synthetic images itself, in as many optimiser steps as the
+            other arms have; None trains by the labels the images carry.
+        unlabelled: with `amst`, further images to train on by consistency: the training cases of this cohort, real or
+            synthetic, whose labels are ignored.
+        teacher: with `amst` and its labels "teacher".
     """
 
     name: str
@@ -63,10 +73,18 @@ class Arm:
     allocation: str = "as_generated"
     extra: tuple[int, ...] | None = None
     allow_untrusted: bool = False
+    amst: AmstRecipe | None = None
+    unlabelled: Cohort | None = None
+    teacher: Teacher | None = None
 
     def content(self) -> dict[str, object]:
         """What decides this arm's training set, for content addressing."""
-        return {
+        trained: dict[str, object] = {} if self.amst is None else {"amst": self.amst.content()}
+        if self.unlabelled is not None:
+            trained["unlabelled"] = self.unlabelled.content_sha256
+        if self.teacher is not None:
+            trained["teacher"] = self.teacher.sha256
+        return trained | {
             "name": self.name,
             "policy": self.policy,
             "oversample": self.oversample,
@@ -76,9 +94,18 @@ class Arm:
 
 
 def parse_arm(
-    text: str, *, synthetic_per_real: float | None = None, allocation: str = "as_generated", allow_untrusted: bool = False
+    text: str,
+    *,
+    synthetic_per_real: float | None = None,
+    allocation: str = "as_generated",
+    allow_untrusted: bool = False,
+    amst: Mapping[str, Any] | None = None,
 ) -> Arm:
     """Read an arm as the command line writes it: a policy's name, ``oversample``, or ``NAME=FOLDER`` of accepted images.
+
+    ``NAME=FOLDER:amst`` trains by AMST, which takes the images of the folder but not their labels; ``amst-no_cr`` and the
+    other names of `ABLATIONS` are its ablations. ``NAME=FOLDER:amst:UNLABELLED`` adds a cohort of unlabelled images; FOLDER
+    may then be empty. `amst` changes fields of `AmstRecipe` for all such arms alike.
 
     Raises:
         ConfigError: no such arm, a bad name, ratio or allocation.  DataError, LeakageError: the folder is no valid cohort.
@@ -89,23 +116,34 @@ def parse_arm(
             return Arm(name, oversample=True)
         if name in POLICIES:
             return Arm(name, policy=name)
-        known = ", ".join([*POLICIES, OVERSAMPLE, "NAME=FOLDER"])
+        known = ", ".join([*POLICIES, OVERSAMPLE, "NAME=FOLDER", "NAME=FOLDER:amst"])
         raise ConfigError(
             "arm-unknown",
             f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.",
         )
     if not _NAME.fullmatch(name) or name in POLICIES or name == OVERSAMPLE or not folder:
         raise ConfigError(
-            "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ - and not a built-in arm, got {name!r}."
+            "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ + - and not a built-in arm, got {name!r}."
         )
     if synthetic_per_real is not None and not synthetic_per_real > 0:
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {synthetic_per_real!r}.")
     if allocation not in ALLOCATIONS:
         raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
-    synthetic = read_cohort(Path(folder), verify=True)
-    return Arm(
-        name, synthetic=synthetic, synthetic_per_real=synthetic_per_real, allocation=allocation, allow_untrusted=allow_untrusted
-    )
+    options: dict[str, Any] = {
+        "synthetic_per_real": synthetic_per_real,
+        "allocation": allocation,
+        "allow_untrusted": allow_untrusted,
+    }
+    trained = _TRAINED.fullmatch(folder)
+    if trained is not None:
+        folder, unlabelled = trained["folder"], trained["unlabelled"]
+        options["amst"] = amst_recipe(trained["trainer"], amst)
+        options["unlabelled"] = None if unlabelled is None else read_cohort(Path(unlabelled), verify=True)
+        if not folder and unlabelled is None:
+            raise ConfigError(
+                "arm-name", f"Arm {name} trains by AMST on nothing; write NAME=FOLDER:amst or NAME=:amst:UNLABELLED."
+            )
+    return Arm(name, synthetic=read_cohort(Path(folder), verify=True) if folder else None, **options)
 
 
 def check_arm(arm: Arm, real: Cohort) -> None:
@@ -115,6 +153,8 @@ def check_arm(arm: Arm, real: Cohort) -> None:
         LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic.
         DataError: classes or sizes differ, or there is no synthetic image.
     """
+    if arm.unlabelled is not None:
+        _check_unlabelled(arm, arm.unlabelled, real)
     if arm.synthetic is None:
         return
     check_against(arm.synthetic, real, allow_untrusted=arm.allow_untrusted)
@@ -127,6 +167,26 @@ def check_arm(arm: Arm, real: Cohort) -> None:
         )
     if not arm.synthetic.training:
         raise DataError("arm-empty", f"Arm {arm.name} has no synthetic training image; generate or accept more.")
+
+
+def _check_unlabelled(arm: Arm, unlabelled: Cohort, real: Cohort) -> None:
+    """Refuse unlabelled images that are held-out ones, were made from them, or do not fit; their classes do not matter."""
+    if arm.amst is None:
+        raise ConfigError("arm-unlabelled", f"Arm {arm.name} has unlabelled images; only AMST trains on those.")
+    if not unlabelled.training:
+        raise DataError("arm-empty", f"Arm {arm.name} has no unlabelled image in the training split of its second cohort.")
+    only = replace(unlabelled, classes=real.classes, validation=(), test=())
+    check_against(only, real, allow_untrusted=arm.allow_untrusted)
+    held_out = real.validation + real.test
+    for what in ("source", "patient"):
+        known = {getattr(case, what) for case in held_out} - {""}
+        shared = sorted(case.id for case in unlabelled.training if not case.is_synthetic and getattr(case, what) in known)
+        if shared:
+            raise LeakageError(
+                "unlabelled-held-out",
+                f"{len(shared)} unlabelled image(s) of arm {arm.name} share their {what} with a validation or test case "
+                f"({', '.join(shared[:5])}); leave them out.",
+            )
 
 
 def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:

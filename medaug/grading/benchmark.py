@@ -27,7 +27,15 @@ from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import Predictions, primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress as progress_bar
-from medaug.training.classifier import ClassifierRecipe, LabelledImages, fit_classifier, predict_logits, seeded
+from medaug.training.amst import fit_amst
+from medaug.training.classifier import (
+    ClassifierRecipe,
+    FitResult,
+    LabelledImages,
+    fit_classifier,
+    predict_logits,
+    seeded,
+)
 from medaug.training.data import CaseImages
 
 ROW_FORMAT = 1
@@ -168,6 +176,7 @@ class _Images:
     def __init__(self, cohort: Cohort) -> None:
         self.cohort = cohort
         self._held_out: dict[str, LabelledImages] = {}
+        self._unlabelled: tuple[str, LabelledImages] | None = None
         self._pool: tuple[tuple[str, ...], dict[tuple[str, str], int], LabelledImages] | None = None
 
     def split(self, name: str) -> LabelledImages | None:
@@ -175,6 +184,13 @@ class _Images:
         if cases and name not in self._held_out:
             self._held_out[name] = LabelledImages(CaseImages(self.cohort, cases))
         return self._held_out.get(name)
+
+    def unlabelled(self, cohort: Cohort | None) -> LabelledImages | None:
+        if cohort is None:
+            return None
+        if self._unlabelled is None or self._unlabelled[0] != cohort.content_sha256:
+            self._unlabelled = cohort.content_sha256, LabelledImages(CaseImages(cohort, cohort.training))
+        return self._unlabelled[1]
 
     def training(self, pairs: Sequence[Pair]) -> LabelledImages:
         unique = {(owner.content_sha256, case.id): (owner, case) for owner, case in pairs}
@@ -202,23 +218,48 @@ def _run_cell(cell: Cell, images: _Images, out: Path, device: str | torch.device
         advance(entry["step"] - reached)
         reached = entry["step"]
 
-    fitted = fit_classifier(
-        network,
-        images.training(cell.pairs),
-        images.split("validation"),
-        cell.recipe,
-        key=key,
-        synthetic=[case.is_synthetic for _, case in cell.pairs],
-        device=device,
-        on_eval=report,
-    )
+    fitted, facts = _train(cell, network, images, key, device, report)
     row: Row = {"sha256": cell.sha256, "arm": cell.arm.name, "network": cell.network, "seed": cell.seed} | _training_facts(cell)
+    row |= facts
     row |= {"best_step": fitted.best_step, "history": fitted.history, "key": dict(cell.key)}
     for split in ("test", "validation"):
         held_out = images.split(split)
         row[split] = None if held_out is None else _score(cohort, split, predict_logits(network, held_out, device=device))
     storage.write_json(out / ROWS_FOLDER / f"{cell.sha256}.json", row)
     return row
+
+
+def _train(
+    cell: Cell,
+    network: torch.nn.Module,
+    images: _Images,
+    key: tuple[str | int, ...],
+    device: str | torch.device,
+    report: Callable[[Mapping[str, Any]], None],
+) -> tuple[FitResult, Row]:
+    """Train the cell's network by its arm's way of training; further facts for the row."""
+    training, validation = images.training(cell.pairs), images.split("validation")
+    synthetic = [case.is_synthetic for _, case in cell.pairs]
+    if cell.arm.amst is None:
+        options: dict[str, Any] = {"key": key, "synthetic": synthetic, "device": device, "on_eval": report}
+        return fit_classifier(network, training, validation, cell.recipe, **options), {}
+    real = synthetic.count(False)  # the real images come first
+    unlabelled = images.unlabelled(cell.arm.unlabelled)
+    result = fit_amst(
+        network,
+        training.select(range(real)),
+        training.select(range(real, len(training))) if real < len(training) else None,
+        validation,
+        cell.recipe,
+        cell.arm.amst,
+        key=key,
+        names=[case.id for _, case in cell.pairs[real:]],
+        unlabelled=unlabelled,
+        teacher=cell.arm.teacher,
+        device=device,
+        on_eval=report,
+    )
+    return result.fit, {"num_unlabelled": 0 if unlabelled is None else len(unlabelled), "amst": result.report()}
 
 
 def _training_facts(cell: Cell) -> Row:

@@ -37,6 +37,7 @@ def grade(
     synthetic_per_real: float | None = None,
     allocation: str = "as_generated",
     allow_untrusted: bool = False,
+    amst: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
     num_resamples: int = 10_000,
     command: str = "",
@@ -47,11 +48,13 @@ def grade(
     """Compare arms on a cohort's real test split. Run again after a kill, it goes on where it stopped.
 
     Args:
-        arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images.
+        arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images,
+            "NAME=FOLDER:amst" to train on them by AMST; see `parse_arm`.
         networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
         seeds: how many, or which.
         profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
         synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all.
+        amst: fields of `AmstRecipe` to change, for all arms that train by it.
         command: what the report says it was made with; no personal paths.
         tracking: a run that takes `log_metrics`.
 
@@ -71,6 +74,7 @@ def grade(
         "synthetic_per_real": synthetic_per_real,
         "allocation": allocation,
         "allow_untrusted": allow_untrusted,
+        "amst": amst,
     }
     arms = [parse_arm(spec, **options) for spec in arm_specs]
     if BASELINE not in [arm.name for arm in arms]:

@@ -164,7 +164,8 @@ def write_report(
     metric = primary_metric(cohort.ordinal)
     table = table_rows(rows, verdict)
     summaries = [_flat(summary_of(row)) for row in rows]
-    storage.write_csv(out / "rows.csv", summaries, list(summaries[0]))
+    columns = dict.fromkeys(name for summary in summaries for name in summary)  # arms may know more than others
+    storage.write_csv(out / "rows.csv", summaries, list(columns))
     storage.write_csv(out / "table.csv", table, list(table[0]))
     storage.write_text(out / "table.md", markdown_table(table, metric))
     picture = io.BytesIO()

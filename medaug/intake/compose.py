@@ -42,7 +42,9 @@ def compose(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         intensity=intensity,
         created_by=created_by("intake", options.config(), options.seed),
         source=f"sha256:{source}",
-        notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups} | _key_note(records, pseudonyms),
+        notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups}
+        | _key_note(records, pseudonyms)
+        | _text_note(records, options),
     )
     return cohort.with_cases(**splits)
 
@@ -58,6 +60,12 @@ def _key_note(records: Sequence[Record], pseudonyms: Pseudonyms) -> dict[str, An
     """Which key the pseudonyms are of, as a fingerprint; nothing if there are none."""
     named = any(record.patient or "series" in record.acquisition for record in records)
     return {"pseudonym_key": pseudonyms.fingerprint} if named else {}
+
+
+def _text_note(records: Sequence[Record], options: IntakeOptions) -> dict[str, Any]:
+    """Whether every kept image was searched for burned-in text; the note travels to the images made from them."""
+    found = [record.burned_in for record in records]
+    return {"burned_in": {"checked": all(found), "policy": options.burned_in, "suspects": found.count("kept")}}
 
 
 def _case(record: Record, intensity: dict[str, Any]) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +14,15 @@ from medaug.networks.reference_encoder import ReferenceEncoder
 from medaug.networks.unet import MonaiUNet
 
 UNet = MonaiUNet | LeanUNet
+AfterBlock = Callable[[Tensor, int], Tensor]  # (output of a block, its index) -> what takes its place
+
+
+class Encoded(NamedTuple):
+    """A noisy batch behind the middle block: all that the decoder needs, as often as it is asked."""
+
+    h: Tensor  # middle block's output, (B, C_b, h, w)
+    skips: list[Tensor]
+    temb: Tensor  # noise level and class, (B, D)
 
 
 class GuidedUNet(nn.Module):
@@ -88,8 +98,25 @@ class GuidedUNet(nn.Module):
         Raises:
             ConfigError: features for a network without fusion, or of another shape than the bottleneck.
         """
+        encoded = self.encode(x, time, class_labels, features, keep_reference)
+        return self.decode(encoded, None if perturb is None else perturb(encoded.h))
+
+    def encode(
+        self,
+        x: Tensor,
+        time: Tensor,
+        class_labels: Tensor | None = None,
+        features: Tensor | None = None,
+        keep_reference: Tensor | None = None,
+        after_block: AfterBlock | None = None,
+    ) -> Encoded:
+        """Encoder, fusion and middle block; arguments and errors as for `forward`.
+
+        Args:
+            after_block: changes the output of each down block; the change enters its skip too.
+        """
         temb = self.unet.embed(time, class_labels)
-        h, skips = self.unet.encode(x, temb)
+        h, skips = self.unet.encode(x, temb, after_block)
         if self.fusion is not None:
             h = self.fusion(h, features, keep_reference)
         elif features is not None:
@@ -97,10 +124,17 @@ class GuidedUNet(nn.Module):
                 "reference-unexpected",
                 "Reference features were given to a U-Net without fusion; leave them out or set with_fusion.",
             )
-        h = self.unet.middle(h, temb)
-        if perturb is not None:
-            h = perturb(h)
-        return self.unet.decode(h, skips, temb)
+        return Encoded(self.unet.middle(h, temb), skips, temb)
+
+    def decode(self, encoded: Encoded, h: Tensor | None = None, after_block: AfterBlock | None = None) -> Tensor:
+        """Prediction (B, out_channels, H, W); `encoded` is left as it was, so it can be decoded again.
+
+        Args:
+            encoded: of `encode`.
+            h: takes the place of the middle block's output, same shape; the skips stay.
+            after_block: changes the output of each up block.
+        """
+        return self.unet.decode(encoded.h if h is None else h, encoded.skips, encoded.temb, after_block)
 
     def _encoder(self) -> ReferenceEncoder:
         if self.reference_encoder is None:

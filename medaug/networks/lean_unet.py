@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -162,8 +162,15 @@ class LeanUNet(nn.Module):
         temb = self.time_embed(noise_level_waves(time, self.num_waves).to(self.stem.weight.dtype))
         return F.silu(temb if labels is None else temb + self.class_embedding(labels))
 
-    def encode(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode(
+        self, x: Tensor, temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Bottleneck activation (B, bottleneck_channels, H / stride, W / stride) and skips: input patches, then one per level.
+
+        Args:
+            x: noisy images (B, in_channels, H, W).
+            temb: of `embed`.
+            after_block: (output of a level, its index from 0) -> what takes its place, also in the skip.
 
         Raises:
             ConfigError: H or W is no multiple of `bottleneck_stride`.
@@ -183,19 +190,33 @@ class LeanUNet(nn.Module):
                 h = self.shrink[level - 1](h)
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, temb)
-        return self.lowest_attention(h), skips
+            h = self.lowest_attention(h) if level == len(self.down_blocks) - 1 else h
+            if after_block is not None:
+                h = after_block(h, level)
+        return h, skips
 
     def middle(self, h: Tensor, temb: Tensor) -> Tensor:
         """Residual block, attention, residual block at the lowest level, shape unchanged."""
         out: Tensor = self.middle_after(self.middle_attention(self.middle_before(h, temb)), temb)
         return out
 
-    def decode(self, h: Tensor, skips: list[Tensor], temb: Tensor) -> Tensor:
-        """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was."""
-        for grow, blocks, skip in zip(self.grow, self.up_blocks, skips[:0:-1], strict=True):
+    def decode(
+        self, h: Tensor, skips: list[Tensor], temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Tensor:
+        """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was.
+
+        Args:
+            h: output of `middle`.
+            skips: of `encode`.
+            temb: of `embed`.
+            after_block: (output of a level, its index from the lowest, 0) -> what takes its place.
+        """
+        for level, (grow, blocks, skip) in enumerate(zip(self.grow, self.up_blocks, skips[:0:-1], strict=True)):
             h = torch.cat([F.interpolate(grow(h), scale_factor=2.0, mode="nearest"), skip], dim=1)
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, temb)
+            if after_block is not None:
+                h = after_block(h, level)
         h = F.silu(self.film_out(self.norm_out(h), temb))
         return F.pixel_shuffle(self.conv_out(torch.cat([h, self.film_input(skips[0], temb)], dim=1)), self.patch)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, get_timestep_embedding
 from torch import Tensor
@@ -95,12 +95,23 @@ class MonaiUNet(DiffusionModelUNet):
         )
         return temb if labels is None else temb + self.class_embedding(labels)
 
-    def encode(self, x: Tensor, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Bottleneck activation (B, bottleneck_channels, H / stride, W / stride) and the skip connections, first to last."""
+    def encode(
+        self, x: Tensor, temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Bottleneck activation (B, bottleneck_channels, H / stride, W / stride) and the skip connections, first to last.
+
+        Args:
+            x: noisy images (B, in_channels, H, W).
+            temb: of `embed`.
+            after_block: (output of a down block, its index from 0) -> what takes its place, also in the skip.
+        """
         h = self.conv_in(x)
         skips = [h]
-        for block in self.down_blocks:
+        for level, block in enumerate(self.down_blocks):
             h, block_skips = block(hidden_states=h, temb=temb, context=None)
+            if after_block is not None:
+                h = after_block(h, level)
+                block_skips = [*block_skips[:-1], h]  # a down block's last skip is its output
             skips.extend(block_skips)
         return h, skips
 
@@ -109,12 +120,23 @@ class MonaiUNet(DiffusionModelUNet):
         out: Tensor = self.middle_block(hidden_states=h, temb=temb, context=None)
         return out
 
-    def decode(self, h: Tensor, skips: list[Tensor], temb: Tensor) -> Tensor:
-        """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was."""
+    def decode(
+        self, h: Tensor, skips: list[Tensor], temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+    ) -> Tensor:
+        """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was.
+
+        Args:
+            h: output of `middle`.
+            skips: of `encode`.
+            temb: of `embed`.
+            after_block: (output of an up block, its index from the lowest, 0) -> what takes its place.
+        """
         end = len(skips)
-        for block in self.up_blocks:
+        for level, block in enumerate(self.up_blocks):
             start = end - len(block.resnets)  # type: ignore[arg-type]
             h = block(hidden_states=h, res_hidden_states_list=skips[start:end], temb=temb, context=None)
+            if after_block is not None:
+                h = after_block(h, level)
             end = start
         out: Tensor = self.out(h)
         return out

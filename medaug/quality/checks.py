@@ -17,6 +17,7 @@ from medaug import storage
 from medaug.cohort import Case, Cohort
 from medaug.errors import DataError
 from medaug.io.raster import read_unit_png
+from medaug.quality.amst_labels import AmstLabels, train_amst_labels
 from medaug.quality.copies import (
     CopyReport,
     copy_report,
@@ -26,14 +27,16 @@ from medaug.quality.copies import (
 )
 from medaug.quality.fidelity import MINIMUM, RandomConvFeatures, features_of
 from medaug.quality.images import image_batches
-from medaug.quality.pseudo_label import DISAGREES, LabelFilter, train_filter
+from medaug.quality.label_source import LabelSource
+from medaug.quality.pseudo_label import LabelFilter, train_filter
+from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.classifier import ClassifierRecipe
 
 ACCEPT, QUARANTINE, REJECT = "accept", "quarantine", "reject"
 VERDICTS = (ACCEPT, QUARANTINE, REJECT)  # from the mildest to the strictest
 CONSTANT_STD = 1 / 255  # a picture with less contrast than one 8-bit level shows nothing
 
-__all__ = ["CHECKS", "Check", "CopyRuler", "Finding", "GateContext", "worst"]
+__all__ = ["CHECKS", "LABEL_SOURCES", "Check", "CopyRuler", "Finding", "GateContext", "worst"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,15 @@ class Finding:
         verdict: "accept", "quarantine" (a person may look at it) or "reject".
         reasons: (code, sentence) pairs; empty when accepted.
         lineage: numbers to keep with the case.
+        label: the class an accepted case is to carry; None keeps the one it was generated for.
+        unlabelled: True if only the label is in doubt, not the image.
     """
 
     verdict: str = ACCEPT
     reasons: tuple[tuple[str, str], ...] = ()
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    label: int | None = None
+    unlabelled: bool = False
 
 
 def worst(verdicts: Sequence[str]) -> str:
@@ -92,6 +99,9 @@ class GateContext:
         threshold: confidence threshold of the pseudo-label check.
         recipe, network, seed, calibrate: of the filter.
         copies: filled by the copies check.
+        label: the source of labels, a name in `LABEL_SOURCES`.
+        amst: settings of the source "amst".
+        weights, replace_head: checkpoint that its backbone starts from.
     """
 
     cohort: Cohort
@@ -103,13 +113,15 @@ class GateContext:
     seed: int = 0
     calibrate: bool = False
     copies: CopyReport | None = None
+    label: str = "filter"
+    amst: AmstRecipe | None = None
+    weights: Path | None = None
+    replace_head: bool = False
 
     @cached_property
-    def label_filter(self) -> LabelFilter:
-        """The pseudo-label filter, trained or read from its cache."""
-        return train_filter(
-            self.cohort, self.filter_dir, recipe=self.recipe, network=self.network, seed=self.seed, calibrate=self.calibrate
-        )
+    def label_filter(self) -> LabelSource:
+        """The source of labels, trained or read from its cache."""
+        return LABEL_SOURCES[self.label](self)
 
     @cached_property
     def ruler(self) -> CopyRuler:
@@ -125,6 +137,33 @@ class GateContext:
         ids = tuple(case.id for case in real)
         return CopyRuler(extractor, training, ids, copy_threshold(distances), basis, len(distances))
 
+
+def _filter(context: GateContext) -> LabelFilter:
+    return train_filter(
+        context.cohort,
+        context.filter_dir,
+        recipe=context.recipe,
+        network=context.network,
+        seed=context.seed,
+        calibrate=context.calibrate,
+    )
+
+
+def _amst(context: GateContext) -> AmstLabels:
+    return train_amst_labels(
+        context.cohort,
+        context.filter_dir,
+        recipe=context.recipe,
+        amst=context.amst,
+        network=context.network,
+        seed=context.seed,
+        weights=context.weights,
+        replace_head=context.replace_head,
+    )
+
+
+# filter: a CNN must confirm the intended label. amst: the heads' consensus is the label, whatever was intended.
+LABEL_SOURCES: dict[str, Callable[[GateContext], LabelSource]] = {"filter": _filter, "amst": _amst}
 
 Check = Callable[[GateContext, Sequence[Case]], list[Finding]]
 
@@ -153,18 +192,11 @@ def _usable(cohort: Cohort, case: Case) -> Finding:
 
 
 def pseudo_label(context: GateContext, cases: Sequence[Case]) -> list[Finding]:
-    """Reject images whose class the filter does not see, or not surely enough."""
-    names, findings = context.cohort.classes, []
-    verdicts = context.label_filter.judge(context.synthetic, cases, context.threshold)
-    for case, seen in zip(cases, verdicts, strict=True):
-        lineage = {"pseudo_label": seen.label, "confidence": round(seen.confidence, 6)}
-        reasons = [
-            (code, f"Intended {names[case.label]}, the filter sees {names[seen.label]} ({seen.confidence:.2f}).")
-            if code == DISAGREES
-            else (code, f"The filter's confidence is {seen.confidence:.2f}, {context.threshold:.2f} is needed.")
-            for code in seen.reasons
-        ]
-        findings.append(Finding(ACCEPT if seen.accepted else REJECT, tuple(reasons), lineage))
+    """Reject images whose label the source does not confirm, or not surely enough."""
+    findings = []
+    for seen in context.label_filter.verdicts(context.synthetic, cases, context.threshold):
+        label = seen.label if seen.relabel and not seen.reasons else None
+        findings.append(Finding(REJECT if seen.reasons else ACCEPT, seen.reasons, seen.lineage, label, seen.relabel))
     return findings
 
 

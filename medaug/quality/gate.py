@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from medaug import storage
 from medaug.cohort import Cohort, check_against, created_by, read_cohort
 from medaug.errors import ConfigError, DataError
-from medaug.quality.checks import ACCEPT, CHECKS, Finding, GateContext
-from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_verdicts
+from medaug.quality.checks import ACCEPT, CHECKS, LABEL_SOURCES, Finding, GateContext
+from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_unlabelled, write_verdicts
 from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
 from medaug.quality.verdicts import ClassAcceptance, Verdict, acceptance_per_class, combine, cut_to_quota
+from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.classifier import ClassifierRecipe
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ def run_gate(
     network: str = "simple_cnn",
     seed: int = 0,
     calibrate: bool = False,
+    label: str = "filter",
+    amst: AmstRecipe | None = None,
+    weights: Path | None = None,
+    replace_head: bool = False,
     filter_dir: Path | None = None,
     allow_short: bool = False,
     tracking: Run | None = None,
@@ -75,6 +80,10 @@ def run_gate(
         threshold: confidence that the pseudo-label needs; the paper's 0.8.
         quotas: wanted images per class: by name, or one number per class in order. More are cut in the cohort's order.
         recipe, network, seed, calibrate: of the label filter, see `train_filter`.
+        label: "filter": the CNN must confirm the intended label. "amst": accepted is what the heads of AMST agree on, and that is
+            the label it carries; images without a trusted label, but nothing else against them, go to ``out/unlabelled``.
+        amst: thresholds and training of the heads; `threshold` and `calibrate` then mean nothing.
+        weights, replace_head: safetensors checkpoint that AMST's backbone starts from, see `load_backbone`.
         filter_dir: cache of trained filters; None takes ``out/filter``.
         allow_short: accept a missed quota.
         tracking: a run that takes the tables and sheets.
@@ -92,18 +101,25 @@ def run_gate(
     real, synthetic = read_cohort(cohort_dir, verify=True), read_cohort(synthetic_dir)
     wanted = _quotas(quotas, real.classes)
     _check_inputs(real, synthetic, out)
-    context = GateContext(real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate)
+    context = GateContext(
+        real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate,
+        label=_check_label(label, weights), amst=amst, weights=weights, replace_head=replace_head,
+    )  # fmt: skip
     with storage.locked(out):
         verdicts = cut_to_quota(_judge(context, names, progress), wanted)
         acceptance = acceptance_per_class(verdicts, real.classes, wanted)
         filter_config = {"network": network, "seed": seed, "calibrate": calibrate, "recipe": asdict(recipe or default_recipe())}
+        if label != "filter":
+            filter_config |= {"label": label, "amst": (amst or AmstRecipe()).content()}
         config = {"checks": names, "threshold": threshold, "quotas": wanted, **filter_config}
         summary = summary_of(context, names, verdicts, acceptance, config)
         write_verdicts(out, context, verdicts, summary)
         log_gate(tracking, context, verdicts, summary)
+        made = created_by("medaug gate", config, seed)
+        write_unlabelled(out, context, names, verdicts, made)
         short = [entry.name for entry in acceptance if entry.short]
         _refuse_short(acceptance, allow_short)
-        accepted = write_accepted(out, context, names, verdicts, created_by("medaug gate", config, seed))
+        accepted = write_accepted(out, context, names, verdicts, made)
         if tracking is not None:
             tracking.log_cohort(accepted, "accepted")
     return GateResult(accepted, summary["verdicts"], acceptance, summary, short)
@@ -114,6 +130,14 @@ def _check_names(checks: Sequence[str]) -> list[str]:
     if unknown:
         raise ConfigError("check-unknown", f"A check must be one of {', '.join(CHECKS)}, got {', '.join(unknown)}.")
     return ["usable", *(name for name in CHECKS if name in checks and name != "usable")]
+
+
+def _check_label(label: str, weights: Path | None) -> str:
+    if label not in LABEL_SOURCES:
+        raise ConfigError("label-source-unknown", f"Labels must come from one of {', '.join(LABEL_SOURCES)}, got {label!r}.")
+    if weights is not None and label != "amst":
+        raise ConfigError("weights-unused", "A checkpoint to start from belongs to labels from amst; the filter is trained anew.")
+    return label
 
 
 def _quotas(quotas: Mapping[str, int] | Sequence[int] | None, classes: Sequence[str]) -> list[int | None]:

@@ -12,6 +12,7 @@ from medaug import cohort as cohorts
 from medaug import storage
 from medaug.cohort import Case, Cohort, fit_sha256, write_cohort
 from medaug.errors import LeakageError
+from medaug.quality.amst_labels import facts_for_report
 from medaug.quality.checks import ACCEPT, QUARANTINE, GateContext
 from medaug.quality.fidelity import Estimate, features_of, kid
 from medaug.quality.images import image_batches
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 GATE_NAME = "gate.json"
+UNLABELLED = "unlabelled"
 _FILTER_FACTS = (
     "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "recipe", "seed",
 )  # fmt: skip
 
-__all__ = ["log_gate", "summary_of", "write_accepted", "write_verdicts"]
+__all__ = ["log_gate", "summary_of", "write_accepted", "write_unlabelled", "write_verdicts"]
 
 
 def _fidelity(context: GateContext, accepted: Sequence[Case]) -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def summary_of(
     }
     if "pseudo_label" in names:
         facts = context.label_filter.facts
-        summary["filter"] = {key: facts[key] for key in _FILTER_FACTS if key in facts}
+        summary["filter"] = {key: facts[key] for key in _FILTER_FACTS if key in facts} | facts_for_report(facts)
         summary["agreement"] = agreement(verdicts, len(classes))
     if "copies" in names and context.copies is not None:
         ruler = context.ruler
@@ -116,28 +118,54 @@ def write_accepted(
     out: Path, context: GateContext, names: Sequence[str], verdicts: Sequence[Verdict], made: Mapping[str, Any]
 ) -> Cohort:
     """The accepted cohort: images, extended lineage, and `fit_on` as the union of generator and filter groups."""
+    accepted = [verdict for verdict in verdicts if verdict.verdict == ACCEPT]
+    return _write_cases(out, context, names, accepted, made, "accepted")
+
+
+def write_unlabelled(
+    out: Path, context: GateContext, names: Sequence[str], verdicts: Sequence[Verdict], made: Mapping[str, Any]
+) -> Cohort | None:
+    """``out/unlabelled``: a cohort of the images that lack a trusted label and nothing else, for training by consistency.
+
+    Their labels are those they were generated for and mean nothing. None, and no cohort there, if there is no such image.
+    """
+    kept = [verdict for verdict in verdicts if verdict.unlabelled]
+    folder = out / UNLABELLED
+    if not kept:
+        _place(context.synthetic, [], folder, "images")
+        with storage.storage_errors(cohorts.FILE_NAME):
+            (folder / cohorts.FILE_NAME).unlink(missing_ok=True)
+        return None
+    return _write_cases(folder, context, names, kept, made, UNLABELLED)
+
+
+def _write_cases(
+    out: Path, context: GateContext, names: Sequence[str], verdicts: Sequence[Verdict], made: Mapping[str, Any], what: str
+) -> Cohort:
     filter_groups = set(context.label_filter.fit_groups) if "pseudo_label" in names else set()
     unions: dict[str, list[str]] = {}
     cases = []
     for verdict in verdicts:
-        if verdict.verdict != ACCEPT:
-            continue
         lineage = dict(verdict.case.lineage or {})
         groups = sorted(set(context.synthetic.fit_on[lineage["fit_on"]]) | filter_groups)
         sha = fit_sha256(groups)
         unions[sha] = groups
-        lineage |= {**verdict.lineage, "generator_fit_on": lineage["fit_on"], "fit_on": sha, "verdict": ACCEPT, "reasons": []}
+        lineage |= {**verdict.lineage, "generator_fit_on": lineage["fit_on"], "fit_on": sha}
+        lineage |= {"verdict": verdict.verdict, "reasons": [code for code, _ in verdict.reasons]}
+        if verdict.relabelled is not None:
+            lineage.setdefault("intended_label", verdict.case.label)
         if "pseudo_label" in names:
             lineage["filter_sha256"] = context.label_filter.facts["weights_sha256"]
-        cases.append(replace(verdict.case, image=f"images/{verdict.case.id}.png", lineage=lineage))
+        image = f"images/{verdict.case.id}.png"
+        cases.append(replace(verdict.case, image=image, label=verdict.label, lineage=lineage))
     outside = set().union(*unions.values()) - context.cohort.groups("training") if unions else set()
     if outside:
         raise LeakageError("fit-on-held-out", f"The generator or filter saw {len(outside)} group(s) outside the training split.")
-    _place(context.synthetic, [verdict.case for verdict in verdicts if verdict.verdict == ACCEPT], out, "images")
+    _place(context.synthetic, [verdict.case for verdict in verdicts], out, "images")
     notes = {**context.synthetic.notes, "generated_by": dict(context.synthetic.created_by)}
-    name = f"{context.synthetic.name} accepted"
-    accepted = replace(context.synthetic, name=name, training=tuple(cases), fit_on=unions, created_by=made, notes=notes, root=out)
-    return write_cohort(accepted, out)
+    name = f"{context.synthetic.name} {what}"
+    cohort = replace(context.synthetic, name=name, training=tuple(cases), fit_on=unions, created_by=made, notes=notes, root=out)
+    return write_cohort(cohort, out)
 
 
 def log_gate(run: Run | None, context: GateContext, verdicts: Sequence[Verdict], summary: Mapping[str, Any]) -> None:

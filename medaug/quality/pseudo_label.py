@@ -23,6 +23,7 @@ from medaug.errors import ConfigError, DataError
 from medaug.networks.grading import build_network
 from medaug.networks.weights import load_weights, save_weights
 from medaug.quality.images import image_batches
+from medaug.quality.label_source import SourceVerdict
 from medaug.training.classifier import (
     ClassifierRecipe,
     confusion_counts,
@@ -39,7 +40,16 @@ DISAGREES, UNSURE = "label-disagrees", "confidence-low"
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["LabelFilter", "PseudoLabel", "accept", "default_recipe", "fit_temperature", "softmax", "train_filter"]
+__all__ = [
+    "LabelFilter",
+    "PseudoLabel",
+    "accept",
+    "default_recipe",
+    "fit_temperature",
+    "real_training",
+    "softmax",
+    "train_filter",
+]
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,20 @@ class LabelFilter:
         probs = np.concatenate([self.probabilities(batch) for batch in image_batches(cohort, cases)])
         return accept(probs, [case.label for case in cases], threshold)
 
+    def verdicts(self, cohort: Cohort, cases: Sequence[Case], threshold: float) -> list[SourceVerdict]:
+        """`judge` in the words of `LabelSource`; an accepted image keeps its label."""
+        seen_by_case = self.judge(cohort, cases, threshold)
+        return [self._verdict(case, seen, threshold) for case, seen in zip(cases, seen_by_case, strict=True)]
+
+    def _verdict(self, case: Case, seen: PseudoLabel, threshold: float) -> SourceVerdict:
+        intended, sees = self.classes[case.label], self.classes[seen.label]
+        texts = {
+            DISAGREES: f"Intended {intended}, the filter sees {sees} ({seen.confidence:.2f}).",
+            UNSURE: f"The filter's confidence is {seen.confidence:.2f}, {threshold:.2f} is needed.",
+        }
+        lineage = {"pseudo_label": seen.label, "confidence": round(seen.confidence, 6)}
+        return SourceVerdict(seen.label, tuple((code, texts[code]) for code in seen.reasons), lineage)
+
 
 def default_recipe() -> ClassifierRecipe:
     """The filter is trained as carefully as a grader: whole-pixel shifts only, and long enough to be sure of what it knows.
@@ -217,7 +241,12 @@ def train_filter(
     return LabelFilter(module.eval(), cohort.classes, temperature, tuple(facts["fit_groups"]), facts, cached)
 
 
-def _real_training(cohort: Cohort) -> list[Case]:
+def real_training(cohort: Cohort) -> list[Case]:
+    """The real training cases, of every class at least one.
+
+    Raises:
+        DataError: a class without any.
+    """
     training = [case for case in cohort.training if not case.is_synthetic]
     missing = set(range(len(cohort.classes))) - {case.label for case in training}
     if missing:
@@ -252,7 +281,7 @@ def _fit(
     on_eval: Callable[[Mapping[str, Any]], None] | None,
 ) -> dict[str, Any]:
     """Train `module` on the real training cases and score it on validation."""
-    training = _real_training(cohort)
+    training = real_training(cohort)
     validation = CaseImages(cohort, cohort.validation) if cohort.validation else None
     images = CaseImages(cohort, training)
     # No choice by validation: what has seen it could not be said to be fitted on the training groups alone.

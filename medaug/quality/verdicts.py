@@ -24,23 +24,36 @@ class Verdict:
         verdict: "accept", "quarantine" or "reject".
         reasons: (code, sentence) pairs.
         lineage: numbers the checks add to the case's lineage.
+        relabelled: the class it is to carry; None keeps the one it was generated for.
+        unlabelled: True for a rejected image that lacks a trusted label and nothing else.
     """
 
     case: Case
     verdict: str
     reasons: tuple[tuple[str, str], ...]
     lineage: Mapping[str, Any]
+    relabelled: int | None = None
+    unlabelled: bool = False
+
+    @property
+    def label(self) -> int:
+        """The class an accepted case carries, an index."""
+        return self.case.label if self.relabelled is None else self.relabelled
 
     def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
         """The row of ``gate.json``."""
         row: dict[str, Any] = {"id": self.case.id, "name": self.case.name or self.case.id, "verdict": self.verdict}
         row["reasons"] = [f"{code}: {text}" for code, text in self.reasons]
-        return row | {"intended": classes[self.case.label]} | dict(self.lineage)
+        named = {"intended": classes[self.case.label]} | ({} if self.relabelled is None else {"label": classes[self.label]})
+        return row | named | dict(self.lineage)
 
 
 @dataclass(frozen=True)
 class ClassAcceptance:
-    """Counts of one class. `rate` is the share that passed every check, before a quota cut it; `quota` None asks for none."""
+    """Counts of one class: accepted are the images that carry it, the others those generated for it.
+
+    `rate` is the share that passed every check, before a quota cut it; `quota` None asks for none.
+    """
 
     name: str
     generated: int
@@ -61,7 +74,11 @@ def combine(case: Case, findings: Sequence[Finding]) -> Verdict:
     """The strictest verdict of a case's findings, with all their reasons and numbers."""
     reasons = tuple(reason for finding in findings for reason in finding.reasons)
     lineage = {key: value for finding in findings for key, value in finding.lineage.items()}
-    return Verdict(case, worst([finding.verdict for finding in findings]), reasons, lineage)
+    labels = [finding.label for finding in findings if finding.label is not None]
+    others = [finding.verdict for finding in findings if not finding.unlabelled]
+    verdict = worst([finding.verdict for finding in findings])
+    unlabelled = verdict == REJECT and len(others) < len(findings) and worst(others) == ACCEPT
+    return Verdict(case, verdict, reasons, lineage, labels[-1] if labels else None, unlabelled)
 
 
 def cut_to_quota(verdicts: Sequence[Verdict], quotas: Sequence[int | None]) -> list[Verdict]:
@@ -69,10 +86,10 @@ def cut_to_quota(verdicts: Sequence[Verdict], quotas: Sequence[int | None]) -> l
     taken: Counter[int] = Counter()
     cut = []
     for verdict in verdicts:
-        quota = quotas[verdict.case.label]
+        quota = quotas[verdict.label]
         if verdict.verdict == ACCEPT:
-            taken[verdict.case.label] += 1
-            if quota is not None and taken[verdict.case.label] > quota:
+            taken[verdict.label] += 1
+            if quota is not None and taken[verdict.label] > quota:
                 verdict = replace(verdict, verdict=REJECT, reasons=((QUOTA_FILLED, f"The class has its {quota} images."),))
         cut.append(verdict)
     return cut
@@ -92,7 +109,7 @@ def acceptance_per_class(
                 name=name,
                 generated=len(own),
                 passed=passed,
-                accepted=counts[ACCEPT],
+                accepted=sum(verdict.verdict == ACCEPT and verdict.label == label for verdict in verdicts),
                 quarantined=counts[QUARANTINE],
                 rejected=counts[REJECT],
                 rate=passed / len(own) if own else None,

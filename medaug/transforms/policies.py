@@ -29,7 +29,7 @@ ROTATION_DEGREES = 15.0
 IDENTITY_PROBABILITY = 0.5
 SHIFT_FRACTION = 0.06
 
-__all__ = ["POLICIES", "apply_policy", "check_policy", "crop_rotate", "none", "weak"]
+__all__ = ["POLICIES", "apply_policy", "check_policy", "crop_rotate", "none", "shift_whole_pixels", "weak"]
 
 
 def none(images: Tensor, keys: Sequence[Key]) -> Tensor:
@@ -64,8 +64,13 @@ def _draw_crop_rotate(key: Key) -> tuple[np.ndarray, bool]:
 
 def weak(images: Tensor, keys: Sequence[Key]) -> Tensor:
     """Shift by up to 6 % of the side, in whole pixels so that nothing is blurred; the border is repeated."""
+    return shift_whole_pixels(images, keys, SHIFT_FRACTION)
+
+
+def shift_whole_pixels(images: Tensor, keys: Sequence[Key], fraction: float) -> Tensor:
+    """Shift images (B, C, H, W) by up to `fraction` of the side, each by its own key; the border is repeated."""
     height, width = images.shape[-2:]
-    shifts = np.stack([numpy_generator(*key, "weak").uniform(-SHIFT_FRACTION, SHIFT_FRACTION, size=2) for key in keys])
+    shifts = np.stack([numpy_generator(*key, "weak").uniform(-fraction, fraction, size=2) for key in keys])
     offsets = torch.from_numpy(np.rint(shifts * [height, width]).astype(np.int64)).to(images.device)
     rows = (torch.arange(height, device=images.device) + offsets[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) + offsets[:, 1:]).clamp(0, width - 1)

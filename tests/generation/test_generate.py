@@ -12,9 +12,9 @@ from random_run import World, new_run
 
 from medaug import cohort as cohorts
 from medaug import storage
-from medaug.cohort import Cohort, check_against, read_cohort
+from medaug.cohort import Case, Cohort, check_against, read_cohort
 from medaug.errors import ConfigError, DataError, LeakageError, StorageError
-from medaug.generation.generate import check_run, read_synthetic, save_batch, sheet
+from medaug.generation.generate import check_run, geometry_facts, read_synthetic, save_batch, sheet
 from medaug.generation.plan import make_plan
 from medaug.networks.reference_encoder import ReferenceEncoder
 from medaug.quality.checks import CHECKS, GateContext
@@ -64,7 +64,14 @@ def test_synthetic_cohort_has_its_lineage(world: World, tmp_path: Path) -> None:
         assert (lineage["bundle"], lineage["seed"], lineage["intended_label"]) == ("guided_ddpm", 2, case.label)
         assert lineage["noise"] == {"bottleneck_scale": 0.1, "bottleneck_mode": "relative"}
         assert lineage["sampler"]["sigma_max"] == 80.0
+        assert case.acquisition == {}  # a new image lies nowhere
     check_against(made, world.cohort)
+
+
+def test_only_facts_of_place_and_storage_pass_to_a_variation() -> None:
+    known = {"spacing_mm": [0.7, 0.7], "position_mm": [0.0, 0.0, -47.5], "window": [-1350, 150], "burned_in_text": "not found"}
+    reference = Case(id="a", image="images/a.png", label=0, group="g", source="s", acquisition=known)
+    assert geometry_facts(reference) == {"spacing_mm": [0.7, 0.7], "position_mm": [0.0, 0.0, -47.5]}
 
 
 def test_generation_goes_on_with_the_same_bytes(world: World, tmp_path: Path) -> None:

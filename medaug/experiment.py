@@ -1,0 +1,241 @@
+"""A table of arms from one YAML file: every row is trained, generated and gated, then all are graded together.
+
+The file says what the rows share and what each changes; rows that train alike share one training run. Each stage goes
+on where it stopped, so an experiment that was killed is continued by the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medaug import assets, storage
+from medaug.errors import ConfigError
+from medaug.stages import gate_synthetic, grade_arms
+from medaug.workflow import read_yaml, run_stage
+
+KEYS = ("name", "title", "profile", "arms", "grading", "shared", "rows")
+ROW_KEYS = ("name", "bundle", "training", "generating", "gate", "trainer")
+FACTS = ("generated", "accepted", "label_agreement")
+GRADING = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
+
+
+@dataclass(frozen=True)
+class ExperimentRow:
+    """One arm of the table.
+
+    Attributes:
+        name: of the arm.
+        bundle: name or folder of the bundle that makes its images.
+        training, generating: overrides of these stages, as for `run_stage`.
+        gate: keyword arguments of `medaug.stages.gate_synthetic`.
+        trainer: how the graders use its images, as in ``NAME=FOLDER:trainer``; empty for plain training.
+    """
+
+    name: str
+    bundle: str
+    training: Mapping[str, Any] = field(default_factory=dict)
+    generating: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    trainer: str = ""
+
+    def run_name(self) -> str:
+        """Name of the training run: rows of the same bundle and training settings have the same one."""
+        return storage.sha256_json([Path(self.bundle).name, dict(self.training)])[:12]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file of ``configs/experiments`` says.
+
+    Attributes:
+        name, title: for people.
+        rows: the arms with synthetic images.
+        arms: real-only arms beside them; `none` is always there.
+        profile: overlay for all bundles.
+        grading: networks, seeds and profile of the benchmark.
+    """
+
+    name: str
+    title: str
+    rows: tuple[ExperimentRow, ...]
+    arms: tuple[str, ...] = ("none", "oversample")
+    profile: str | None = None
+    grading: Mapping[str, Any] = field(default_factory=lambda: dict(GRADING))
+
+
+def read_experiment(file: str, profile: str | None = None) -> Experiment:
+    """Read an experiment by its name in ``configs/experiments``, or by path.
+
+    Args:
+        file: name or path.
+        profile: replaces the file's own.
+
+    Raises:
+        ConfigError: not there, an unknown key, no row, or two rows of one name.
+    """
+    content = read_yaml(assets.experiment_path(file))
+    _check_keys("experiment", content, KEYS)
+    shared, rows = content.get("shared") or {}, content.get("rows") or []
+    _check_keys("shared settings", shared, ROW_KEYS)
+    if not isinstance(rows, list) or not rows:
+        raise ConfigError("experiment-empty", f"{file} must list at least one row under `rows`.")
+    made = tuple(_row(shared, row) for row in rows)
+    names = [row.name for row in made]
+    if len(set(names)) != len(names):
+        raise ConfigError("experiment-rows", f"The rows of an experiment need different names, got {names}.")
+    grading = dict(content.get("grading") or {})
+    _check_keys("grading settings", grading, tuple(GRADING))
+    arms = tuple(dict.fromkeys(["none", *(content.get("arms") or ["oversample"])]))
+    name = str(content.get("name") or Path(file).stem)
+    return Experiment(name, str(content.get("title", "")), made, arms, profile or content.get("profile"), GRADING | grading)
+
+
+def _check_keys(what: str, content: Any, known: Sequence[str]) -> None:
+    unknown = set(content) - set(known) if isinstance(content, Mapping) else {"(not a mapping)"}
+    if unknown:
+        raise ConfigError(
+            "config-key-unknown", f"The {what} know {', '.join(known)}; got {', '.join(sorted(map(str, unknown)))}."
+        )
+
+
+def _row(shared: Mapping[str, Any], row: Any) -> ExperimentRow:
+    """The shared settings with a row's own laid over them, mapping by mapping."""
+    _check_keys("rows of an experiment", row, ROW_KEYS)
+    merged: dict[str, Any] = {
+        key: {**(shared.get(key) or {}), **(row.get(key) or {})} if key in ("training", "generating", "gate") else value
+        for key, value in {**shared, **row}.items()
+    }
+    missing = [key for key in ("name", "bundle") if not merged.get(key)]
+    if missing:
+        raise ConfigError("experiment-rows", f"A row of an experiment needs {' and '.join(missing)}.")
+    return ExperimentRow(**merged)
+
+
+def run_experiment(
+    file: str,
+    cohort_dir: Path,
+    out: Path,
+    *,
+    profile: str | None = None,
+    seed: int = 0,
+    tracking: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run every row of an experiment and grade them together.
+
+    Args:
+        file: name in ``configs/experiments`` or path.
+        cohort_dir: real cohort.
+        out: folder: runs/, synthetic/, accepted/, benchmark/, table.md, experiment.json.
+        profile: replaces the file's own.
+        seed: of every stage.
+        tracking: keyword arguments of `medaug.tracking.track`.
+
+    Returns:
+        {"rows": of the benchmark, "verdict", "table": one line per arm}; see `write_table`.
+
+    Raises:
+        ConfigError, DataError, LeakageError, StorageError: see the stages.
+    """
+    experiment = read_experiment(file, profile)
+    out = Path(out)
+    tracking = dict(tracking or {"enabled": False})
+    with storage.locked(out):
+        facts = {row.name: _make(experiment, row, Path(cohort_dir), out, seed, tracking) for row in experiment.rows}
+        specs = [
+            f"{row.name}={out / 'accepted' / row.name}" + (f":{row.trainer}" if row.trainer else "")
+            for row in experiment.rows
+            if facts[row.name]["accepted"]  # a row the gate left nothing of stays in the table, without a score
+        ]
+        command = f"medaug experiment {experiment.name} --seed {seed}"
+        result = grade_arms(
+            Path(cohort_dir),
+            out / "benchmark",
+            [*experiment.arms, *specs],
+            command=command,
+            tracking=tracking,
+            **experiment.grading,
+        )
+        table = table_lines(result["rows"], result["verdict"], facts)
+        summary = {"name": experiment.name, "title": experiment.title, "rows": result["rows"], "verdict": result["verdict"]}
+        summary |= {"table": table, "settings": [asdict(row) for row in experiment.rows], "profile": experiment.profile}
+        storage.write_json(out / "experiment.json", summary)
+        storage.write_text(out / "table.md", markdown(experiment.title, table))
+    return summary
+
+
+def _make(
+    experiment: Experiment, row: ExperimentRow, cohort: Path, out: Path, seed: int, tracking: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Train, generate and gate one row. Returns what its images were like."""
+    run, synthetic = out / "runs" / row.run_name(), out / "synthetic" / row.name
+    common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
+    run_stage(row.bundle, "training", experiment.profile, {**row.training, **common, "output_dir": str(run)})
+    paths = {"run_dir": str(run), "output_dir": str(synthetic)}
+    made = run_stage(row.bundle, "generating", experiment.profile, {**row.generating, **common, **paths})
+    gated = gate_synthetic(
+        synthetic,
+        cohort,
+        out / "accepted" / row.name,
+        seed=seed,
+        allow_short=True,
+        filter_dir=out / "filter",
+        tracking=tracking,
+        **row.gate,
+    )
+    accepted = gated.accepted.training
+    lineages = [case.lineage or {} for case in accepted]
+    agree = [entry["pseudo_label"] == entry["intended_label"] for entry in lineages if entry.get("pseudo_label") is not None]
+    return {
+        "generated": len(made.training),
+        "accepted": len(accepted),
+        "label_agreement": float(np.mean(agree)) if agree else None,
+    }
+
+
+def table_lines(
+    rows: Sequence[Mapping[str, Any]], verdict: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One line per arm: images used, mean score over networks and seeds with its spread, difference to `none`, verdict."""
+    metric = next((entry["metric"] for entry in verdict.values()), "balanced_accuracy")
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        scores = [row[metric] for row in rows if row["arm"] == arm and row[metric] is not None]
+        entry = verdict.get(arm, {})
+        against = entry.get("against_none", {})
+        line = {
+            "arm": arm,
+            "runs": len(scores),
+            "metric": metric,
+            "score": float(np.mean(scores)),
+            "spread": float(np.std(scores)),
+        }
+        line |= {key: against.get(key) for key in ("difference", "low", "high", "p_value", "p_holm")}
+        line |= {"verdict": entry.get("verdict")}
+        lines.append(line | {key: facts.get(arm, {}).get(key) for key in FACTS})
+    empty: dict[str, Any] = dict.fromkeys(lines[0])
+    return lines + [{**empty, "arm": name, **fact} for name, fact in facts.items() if not fact["accepted"]]
+
+
+def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people."""
+
+    def number(value: Any, style: str = ".3f") -> str:
+        return "" if value is None else f"{value:{style}}" if isinstance(value, float) else str(value)
+
+    head = ["arm", "generated", "accepted", "label agreement", table[0]["metric"].replace("_", " "), "difference to none"]
+    head += ["95 % interval", "verdict"]
+    lines = [f"# {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for line in table:
+        interval = "" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
+        score = "" if line["score"] is None else f"{line['score']:.3f} ± {line['spread']:.3f}"
+        cells = [line["arm"], *(number(line[key]) for key in FACTS), score]
+        cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "Mean and spread over networks and seeds; the interval is a paired bootstrap of the test groups.", ""]
+    )
