@@ -64,6 +64,19 @@ TABLE_NOTE = "Nachbarin heisst Lavendel"
 READER = "Chefarzt Brombeer"
 DATES = ("PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate")
 NUM_PATIENTS = 12
+# The smallest job that goes all the way: it shows what is written, not what can be learnt.
+TINY = {
+    "network_settings#backbone_options": {"channels": [8, 8], "patch": 2},
+    "batch_size": 4,
+    "max_epochs": 1,
+    "epoch_length": 4,
+    "preview_every": 1,
+    "synthetic_per_real": 1.0,
+    "device_name": "cpu",
+    "augment#gate_threshold": 0.0,
+    "augment#seeds": 1,
+    "augment#filter": {"num_steps": 4, "evaluate_every": 2, "batch_size": 8},
+}
 
 
 def planted() -> list[str]:
@@ -169,9 +182,12 @@ def test_the_search_finds_what_is_hidden(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_no_planted_string_leaves_the_intake(
+def test_no_planted_string_leaves_the_house(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Intake, training, generation, gate, grading, reports, tracking and the three exports."""
+    from medaug.augment import run_augment
+    from medaug.export.export import export_cohort
     from medaug.stages import take_in
 
     root, uids = write_export(tmp_path / "in")
@@ -184,6 +200,12 @@ def test_no_planted_string_leaves_the_intake(
     result = take_in(chosen, tracking=tracking)
     assert result.counts["used"] == 2 * NUM_PATIENTS and result.counts["patients"] == NUM_PATIENTS
     assert result.report["copies"]["files"] == 2 * NUM_PATIENTS, result.quarantine
+    run_augment(
+        "guided_ddpm", outputs / "cohort", outputs / "job", profile="tiny", overrides=TINY, allow_short=True, tracking=tracking
+    )
+    for form in ("dicom", "nifti", "png"):
+        made = export_cohort(outputs / "job" / "accepted", outputs / form, format=form, reference_cohort=outputs / "cohort")
+        assert made["images"] > 0
     captured = capfd.readouterr()
     search = IdentitySearch([*planted(), *uids])
     search.folder(outputs)

@@ -65,7 +65,7 @@ def test_from_the_pacs_and_back(tmp_path: Path) -> None:
         assert made["accepted"] > 0
 
         exported = medaug("export", "job/accepted", "--format", "dicom", "--out", "synthetic", folder=tmp_path)
-        assert exported["files"] == made["accepted"]
+        assert exported["images"] == made["accepted"]
         medaug("export", "--verify", "synthetic", folder=tmp_path)
 
         given = medaug("send", "synthetic", *to_pacs, folder=tmp_path)
