@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from orthanc import Orthanc, storescu
+from orthanc import Orthanc, free_port, storescu
 
 from medaug.cohort import read_cohort
 from medaug.phantom import write_phantom_export
@@ -44,7 +44,7 @@ def medaug(*arguments: str, folder: Path) -> dict[str, Any]:
 def test_from_the_pacs_and_back(tmp_path: Path) -> None:
     table = write_phantom_export(tmp_path / "hospital", num_patients=24, size=64)
     originals = [path for path in (tmp_path / "hospital" / "DICOM").rglob("*") if path.is_file()]
-    with Orthanc(tmp_path / "orthanc") as pacs:
+    with Orthanc(tmp_path / "orthanc", {"medaug": ("MEDAUG", free_port())}) as pacs:
         sent = storescu(pacs.port, tmp_path / "hospital" / "DICOM", "+r", called=pacs.aet)
         assert sent.returncode == 0, sent.stderr[-2000:]
         assert pacs.number_of_instances() == len(originals)
@@ -55,7 +55,7 @@ def test_from_the_pacs_and_back(tmp_path: Path) -> None:
         assert fetched["received"] == len(originals)
         assert medaug("retrieve", *to_pacs, *query, "--out", "export", folder=tmp_path)["received"] == 0
 
-        labels = ("--labels", str(table), "--key", "sop", "--label-column", "grade")
+        labels = ("--labels", str(table), "--key", "sop", "--label-column", "grade", "--burned-in", "keep")
         taken = medaug("intake", "export", *labels, "--image-size", "32", "--out", "cohort", folder=tmp_path)
         assert taken["counts"]["used"] == len(originals)
 

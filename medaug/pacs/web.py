@@ -29,6 +29,19 @@ TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 FAILED_SEQUENCE, FAILURE_REASON = "00081198", "00081197"
 
 
+def _plain_wildcards() -> Any:
+    """A transport that writes the wildcard of QIDO-RS as ``*``: Orthanc does not take ``%2A`` for one."""
+    adapters = load("requests.adapters")
+
+    class PlainWildcards(adapters.HTTPAdapter):  # type: ignore[name-defined,misc]
+        def send(self, request: Any, *args: Any, **options: Any) -> Any:
+            address, mark, query = request.url.partition("?")
+            request.url = address + mark + query.replace("%2A", "*")
+            return super().send(request, *args, **options)
+
+    return PlainWildcards()
+
+
 class WebArchive:
     """A DICOMweb service as a context manager, with one connection kept open."""
 
@@ -37,6 +50,8 @@ class WebArchive:
         self.peer = peer
         self.timeout = timeout
         self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, _plain_wildcards())
         self.session.auth = _authenticate(peer)
         self.client = load("dicomweb_client").DICOMwebClient(peer.url, session=self.session, timeout=timeout)
         self.client.set_http_retry_params(retry=False)  # the caller is patient, not the client

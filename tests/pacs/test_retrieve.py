@@ -61,6 +61,14 @@ def test_study_by_accession_number(tmp_path: Path, pacs: Orthanc, move_port: int
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("way", ["get", "web"])
+@pytest.mark.parametrize("condition", ["PatientID=PLANTEDID*", "PatientName=PLANTEDNAME*"])
+def test_a_wildcard_finds_every_study(tmp_path: Path, pacs: Orthanc, way: str, condition: str) -> None:
+    result = fetch(pacs, way, tmp_path / "out", parse_queries("study", [condition], "", []), dry_run=True)
+    assert (result["studies"], result["images"]) == (3, 24)
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("way", ["get", "move", "web"])
 def test_second_run_fetches_only_what_is_missing(tmp_path: Path, pacs: Orthanc, move_port: int, way: str) -> None:
     out = tmp_path / "out"
