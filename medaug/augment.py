@@ -215,6 +215,7 @@ def run_quickstart(out: Path, *, seed: int = 0, tracking: Mapping[str, Any] | No
         label_column="grade",
         image_size=32,
         name="phantom chest CT",
+        burned_in="keep",  # a drawing holds no text, though the spicules of a nodule may look like letters
         seed=seed,
     )
     take_in(options, tracking=tracking)

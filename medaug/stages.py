@@ -53,6 +53,7 @@ def gate_synthetic(
     label: str = "filter",
     amst: Mapping[str, Any] | None = None,
     weights: Path | None = None,
+    weights_trusted: bool = False,
     seed: int = 0,
     quotas: Sequence[int] | None = None,
     filter_dir: Path | None = None,
@@ -66,6 +67,7 @@ def gate_synthetic(
         label: "filter" or "amst", see `run_gate`.
         amst: fields of `AmstRecipe` that differ from its default.
         weights: checkpoint that AMST's backbone starts from.
+        weights_trusted: True for the user's word that a checkpoint of unknown origin saw no held-out image.
         others: see `run_gate` and `track`.
     """
     from medaug.quality.gate import DEFAULT_CHECKS, run_gate
@@ -89,6 +91,7 @@ def gate_synthetic(
             label=label,
             amst=heads,
             weights=weights,
+            weights_trusted=weights_trusted,
             seed=seed,
             filter_dir=filter_dir,
             allow_short=allow_short,

@@ -47,6 +47,9 @@ def intake(
     ] = None,
     mapping: Annotated[Path | None, typer.Option(help="Write the table pseudonym -> identifier here; keep it secret.")] = None,
     keep_dicom: Annotated[Path | None, typer.Option(help="Folder for de-identified copies of the accepted DICOM files.")] = None,
+    keep_names: Annotated[
+        bool, typer.Option("--keep-names", help="File names hold no identity: write them. Default: only names that count.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read. Default: processors, at most 8.")] = None,
     seed: SeedOption = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and report, write nothing.")] = False,
@@ -92,6 +95,7 @@ def intake(
         pseudonym_key=pseudonym_key,
         mapping=mapping,
         keep_dicom=keep_dicom,
+        keep_names=keep_names,
         workers=min(os.cpu_count() or 1, 8) if workers is None else workers,
         seed=seed,
         dry_run=dry_run,

@@ -162,7 +162,7 @@ def table_keys(path: Path, key: str, column: str | None = None, sheet: str | Non
         ConfigError: `option-malformed`, `column-missing`, `sheet-missing`.  DataError: the table cannot be read.
     """
     from medaug.errors import DataError
-    from medaug.intake.labels import USUAL_NAMES, read_cells
+    from medaug.intake.labels import USUAL_NAMES, describe_columns, read_cells
 
     if key not in ("accession", "patient", "study"):
         raise ConfigError("option-malformed", "--key takes accession, patient or study.")
@@ -179,7 +179,7 @@ def table_keys(path: Path, key: str, column: str | None = None, sheet: str | Non
         raise ConfigError(
             "column-missing",
             f"The label table needs exactly one column for --key {key}, got {len(hits)}; name it with --key-column. "
-            f"Its columns are: {', '.join(header[:30])}.",
+            f"{describe_columns(header)}",
         )
     rows = ((number, line[hits[0]].strip() if hits[0] < len(line) else "") for number, line in enumerate(cells[1:], start=1))
     keys = [(number, value) for number, value in rows if value]

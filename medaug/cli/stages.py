@@ -96,6 +96,9 @@ def gate(
         str, typer.Option(help="filter: a CNN must confirm the label; amst: heads that agree give the label.")
     ] = "filter",
     weights: Annotated[Path | None, typer.Option(help="Checkpoint that the backbone of --label amst starts from.")] = None,
+    weights_trusted: Annotated[
+        bool, typer.Option("--weights-trusted", help="Your word that these weights saw no held-out image.")
+    ] = False,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Do not fail when a class has no accepted image.")] = False,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
@@ -116,6 +119,7 @@ def gate(
         threshold=threshold,
         label=label,
         weights=weights,
+        weights_trusted=weights_trusted,
         seed=seed,
         allow_short=allow_short,
         tracking=tracked_at(tracking_uri),

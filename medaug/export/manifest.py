@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,9 @@ _MARKED: dict[str, Callable[[bytes], bool]] = {
     "nifti": nifti.says_synthetic,
     "png": png.says_synthetic,
 }
+MAX_JOURNAL_BYTES = 1 << 28
+_JOURNAL = re.compile(r"\.medaug/sent-[0-9a-f]{16}\.jsonl")
+_ENTRY = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "status": "[a-z]+"(, "code": "[\w. -]{0,64}")?\}')
 Problem = tuple[str, str]  # code, words
 
 
@@ -71,8 +75,38 @@ def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
         found += [Path(parent) / name for name in [*names, *links]]
     for path in sorted(found):
         name = path.relative_to(folder).as_posix()
-        if name not in (FILE_NAME, storage.LOCK_NAME):
+        if name not in (FILE_NAME, storage.LOCK_NAME) and not _is_send_state(name, path):
             yield name, path
+
+
+def _is_send_state(name: str, path: Path) -> bool:
+    """True for what `medaug send` keeps beside the files: journals of hashes and its lock, and nothing that looks alike."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    if name == f".medaug/{storage.LOCK_NAME}":
+        return path.stat().st_size == 0
+    if not _JOURNAL.fullmatch(name) or path.stat().st_size > MAX_JOURNAL_BYTES:
+        return False
+    *lines, torn = path.read_bytes().split(b"\n")
+    # A torn line is what a crash leaves, here or before a later run went on.
+    return all(_ENTRY.fullmatch(line) or _is_torn(line) for line in [*lines, torn])
+
+
+def _is_torn(line: bytes) -> bool:
+    """True for the beginning of an entry."""
+    start = b'{"sha256": "'
+    if start.startswith(line):
+        return True
+    found = re.fullmatch(rb'\{"sha256": "([0-9a-f]{0,64})(.*)', line)
+    if found is None or (found[2] and len(found[1]) < 64):
+        return False
+    for status in (b"sent", b"failed", b"waiting"):
+        whole = b'", "status": "' + status + b'", "code": "'
+        if whole.startswith(found[2]) or (
+            found[2].startswith(whole) and re.fullmatch(rb"[\w. -]{0,64}\"?", found[2][len(whole) :])
+        ):
+            return True
+    return False
 
 
 def is_leftover(name: str) -> bool:
@@ -156,13 +190,20 @@ def _is_marked(data: bytes, marked: Callable[[bytes], bool]) -> bool:
 def _read(folder: Path) -> dict[str, Any]:
     """The manifest, with every field that is relied on of the right type."""
     limits.check_file(folder / FILE_NAME)
-    manifest = storage.read_json(folder / FILE_NAME)
+    try:
+        manifest = storage.read_json(folder / FILE_NAME)
+    except DataError as error:
+        raise _malformed(folder) from error
     if not _is_well_formed(manifest):
-        raise DataError(
-            "export-manifest-malformed",
-            f"{FILE_NAME} of {folder.name} lacks or mistypes a field; export again into a new folder.",
-        )
+        raise _malformed(folder)
     return dict(manifest)
+
+
+def _malformed(folder: Path) -> DataError:
+    return DataError(
+        "export-manifest-malformed",
+        f"{FILE_NAME} of {folder.name} is no JSON, or lacks or mistypes a field; export again into a new folder.",
+    )
 
 
 def _is_well_formed(manifest: Any) -> bool:

@@ -17,11 +17,14 @@ from medaug import storage
 from medaug.cohort import Case, Cohort, check_against, read_cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.training.amst import Teacher
+from medaug.grading.pixels import held_out_pixels, shared_pixels
 from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
+from medaug.training.teacher import Teacher, check_origin
 from medaug.transforms.policies import POLICIES
+from medaug.transforms.views import Views
 
 OVERSAMPLE = "oversample"
+WEAK_VIEW = "weak_view"  # that of AMST; the policy `weak` shifts by half as much and never mirrors
 ALLOCATIONS = ("as_generated", "proportional", "balance")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # FOLDER:amst or FOLDER:amst:UNLABELLED, and the ablations of AMST in its place.
@@ -32,6 +35,7 @@ Pair = tuple[Cohort, Case]
 __all__ = [
     "ALLOCATIONS",
     "OVERSAMPLE",
+    "WEAK_VIEW",
     "Arm",
     "build_training_set",
     "check_arm",
@@ -41,6 +45,8 @@ __all__ = [
     "parse_arm",
     "prepare_arms",
     "training_sha256",
+    "view_controls",
+    "with_view_controls",
 ]
 
 
@@ -63,6 +69,11 @@ class Arm:
         unlabelled: with `amst`, further images to train on by consistency: the training cases of this cohort, real or
             synthetic, whose labels are ignored.
         teacher: with `amst` and its labels "teacher".
+        views: every training image is seen through the weak view of these, in the place of a policy: the control of an arm
+            that trains by AMST, whose images are seen that way too.
+
+    Raises:
+        ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
     """
 
     name: str
@@ -76,6 +87,16 @@ class Arm:
     amst: AmstRecipe | None = None
     unlabelled: Cohort | None = None
     teacher: Teacher | None = None
+    views: Views | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.policy != "none", self.amst is not None, self.views is not None]
+        if sum(given) > 1:
+            raise ConfigError(
+                "arm-views",
+                f"Arm {self.name} sees its images through the views of AMST, through a policy ({self.policy}) or through views of its "
+                "own; give it one of them.",
+            )
 
     def content(self) -> dict[str, object]:
         """What decides this arm's training set, for content addressing."""
@@ -83,7 +104,9 @@ class Arm:
         if self.unlabelled is not None:
             trained["unlabelled"] = self.unlabelled.content_sha256
         if self.teacher is not None:
-            trained["teacher"] = self.teacher.sha256
+            trained["teacher"] = self.teacher.content()
+        if self.views is not None:
+            trained["weak_view"] = _weak(self.views)
         return trained | {
             "name": self.name,
             "policy": self.policy,
@@ -101,7 +124,7 @@ def parse_arm(
     allow_untrusted: bool = False,
     amst: Mapping[str, Any] | None = None,
 ) -> Arm:
-    """Read an arm as the command line writes it: a policy's name, ``oversample``, or ``NAME=FOLDER`` of accepted images.
+    """Read an arm as the command line writes it: a policy's name, ``oversample``, ``weak_view``, or ``NAME=FOLDER`` of accepted images.
 
     ``NAME=FOLDER:amst`` trains by AMST, which takes the images of the folder but not their labels; ``amst-no_cr`` and the
     other names of `ABLATIONS` are its ablations. ``NAME=FOLDER:amst:UNLABELLED`` adds a cohort of unlabelled images; FOLDER
@@ -114,14 +137,16 @@ def parse_arm(
     if not separator:
         if name == OVERSAMPLE:
             return Arm(name, oversample=True)
+        if name == WEAK_VIEW:
+            return Arm(name, views=amst_recipe("amst", amst).views)
         if name in POLICIES:
             return Arm(name, policy=name)
-        known = ", ".join([*POLICIES, OVERSAMPLE, "NAME=FOLDER", "NAME=FOLDER:amst"])
+        known = ", ".join([*POLICIES, OVERSAMPLE, WEAK_VIEW, "NAME=FOLDER", "NAME=FOLDER:amst"])
         raise ConfigError(
             "arm-unknown",
             f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.",
         )
-    if not _NAME.fullmatch(name) or name in POLICIES or name == OVERSAMPLE or not folder:
+    if not _NAME.fullmatch(name) or name in (*POLICIES, OVERSAMPLE, WEAK_VIEW) or not folder:
         raise ConfigError(
             "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ + - and not a built-in arm, got {name!r}."
         )
@@ -150,9 +175,12 @@ def check_arm(arm: Arm, real: Cohort) -> None:
     """Refuse an arm that would train on anything the held-out images leaked into.
 
     Raises:
-        LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic.
+        LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic, an image with the pixels of a
+            held-out one, and a teacher that saw one, see `check_origin`.
         DataError: classes or sizes differ, or there is no synthetic image.
     """
+    if arm.teacher is not None:
+        check_origin(arm.teacher.fit_groups, real, f"The teacher of arm {arm.name}", arm.teacher.trusted or arm.allow_untrusted)
     if arm.unlabelled is not None:
         _check_unlabelled(arm, arm.unlabelled, real)
     if arm.synthetic is None:
@@ -167,6 +195,18 @@ def check_arm(arm: Arm, real: Cohort) -> None:
         )
     if not arm.synthetic.training:
         raise DataError("arm-empty", f"Arm {arm.name} has no synthetic training image; generate or accept more.")
+    _check_pixels(arm, arm.synthetic, "synthetic", real)
+
+
+def _check_pixels(arm: Arm, cohort: Cohort, what: str, real: Cohort) -> None:
+    """Refuse an image that is a held-out one under another name, whatever its source, patient and group say."""
+    shared = shared_pixels(cohort, cohort.training, held_out_pixels(real))
+    if shared:
+        raise LeakageError(
+            "pixels-held-out",
+            f"{len(shared)} {what} image(s) of arm {arm.name} have the very pixels of a validation or test image "
+            f"({', '.join(shared[:5])}); leave them out.",
+        )
 
 
 def _check_unlabelled(arm: Arm, unlabelled: Cohort, real: Cohort) -> None:
@@ -187,6 +227,40 @@ def _check_unlabelled(arm: Arm, unlabelled: Cohort, real: Cohort) -> None:
                 f"{len(shared)} unlabelled image(s) of arm {arm.name} share their {what} with a validation or test case "
                 f"({', '.join(shared[:5])}); leave them out.",
             )
+    _check_pixels(arm, unlabelled, "unlabelled", real)
+
+
+def _weak(views: Views) -> dict[str, Any]:
+    """What decides the weak view."""
+    return {"pad": views.pad, "flip": views.flip}
+
+
+def _is_view_control(arm: Arm, views: Views) -> bool:
+    return arm.views is not None and _weak(arm.views) == _weak(views) and arm.synthetic is None and not arm.oversample
+
+
+def with_view_controls(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms and, for those that train by AMST, the real images alone seen through the same weak view, if no arm does so.
+
+    AMST shows every image shifted, plain training as it is; without this control the shifts alone could earn a verdict. The
+    arms that are added come last and are named `WEAK_VIEW`, further ones `WEAK_VIEW`-2 and so on.
+    """
+    out = list(arms)
+    for arm in arms:
+        if arm.amst is not None and not any(_is_view_control(other, arm.amst.views) for other in out):
+            taken = {other.name for other in out}
+            names = (WEAK_VIEW if number == 1 else f"{WEAK_VIEW}-{number}" for number in range(1, len(out) + 2))
+            out.append(Arm(next(name for name in names if name not in taken), views=arm.amst.views))
+    return out
+
+
+def view_controls(arms: Sequence[Arm]) -> dict[str, str]:
+    """Name of every arm that trains by AMST -> name of its control, see `with_view_controls`."""
+    return {
+        arm.name: next(other.name for other in arms if _is_view_control(other, arm.amst.views))
+        for arm in arms
+        if arm.amst is not None
+    }
 
 
 def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:
@@ -246,7 +320,7 @@ def extra_counts(arm: Arm, real: Cohort) -> tuple[int, ...]:
 
 
 def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
-    """Check every arm and fix the images each one adds per class.
+    """Check every arm, add the controls of `with_view_controls`, and fix the images each arm adds per class.
 
     The control repeats real images to the count and classes of the largest synthetic arm; without one, until every
     class is as large as the largest.
@@ -257,6 +331,7 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     names = [arm.name for arm in arms]
     if not names or len(set(names)) != len(names):
         raise ConfigError("arms-invalid", f"A comparison needs arms of different names, got {names}.")
+    arms = with_view_controls(arms)
     for arm in arms:
         check_arm(arm, real)
     added = {arm.name: extra_counts(arm, real) for arm in arms}

@@ -132,7 +132,8 @@ def run_benchmark(
     """Fill ``out/rows`` with one file per cell and return all rows, finished earlier or now, in the order of the cells.
 
     Every arm meets the same initial weights per (network, seed), the same validation and test images, real ones only, and
-    the same number of optimiser steps. The best weights on validation are tested once.
+    the same number of optimiser steps; arms that train by AMST bring their control with them (`with_view_controls`). The best
+    weights on validation are tested once.
 
     Args:
         recipes: network -> recipe; the arm sets its policy.
@@ -237,12 +238,19 @@ def _train(
     device: str | torch.device,
     report: Callable[[Mapping[str, Any]], None],
 ) -> tuple[FitResult, Row]:
-    """Train the cell's network by its arm's way of training; further facts for the row."""
+    """Train the cell's network by its arm's way of training; further facts for the row.
+
+    Equal optimiser steps are not equal work: ``image_passes`` counts images that went forward and backward, every view of
+    one, ``forward_passes`` those that went forward only; scoring on validation and test is not counted.
+    """
     training, validation = images.training(cell.pairs), images.split("validation")
     synthetic = [case.is_synthetic for _, case in cell.pairs]
     if cell.arm.amst is None:
         options: dict[str, Any] = {"key": key, "synthetic": synthetic, "device": device, "on_eval": report}
-        return fit_classifier(network, training, validation, cell.recipe, **options), {}
+        if cell.arm.views is not None:
+            options["augment"] = cell.arm.views.weak
+        fitted = fit_classifier(network, training, validation, cell.recipe, **options)
+        return fitted, {"image_passes": cell.recipe.num_steps * cell.recipe.batch_size, "forward_passes": 0}
     real = synthetic.count(False)  # the real images come first
     unlabelled = images.unlabelled(cell.arm.unlabelled)
     result = fit_amst(
@@ -259,7 +267,11 @@ def _train(
         device=device,
         on_eval=report,
     )
-    return result.fit, {"num_unlabelled": 0 if unlabelled is None else len(unlabelled), "amst": result.report()}
+    facts: Row = {"num_unlabelled": 0 if unlabelled is None else len(unlabelled) - result.repeated, "amst": result.report()}
+    facts |= {"image_passes": result.image_passes, "forward_passes": result.forward_passes}
+    if cell.arm.teacher is not None:
+        facts["teacher"] = cell.arm.teacher.content()
+    return result.fit, facts
 
 
 def _training_facts(cell: Cell) -> Row:

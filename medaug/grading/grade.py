@@ -11,13 +11,14 @@ import torch
 from medaug import storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
-from medaug.grading.arms import Arm, parse_arm
+from medaug.grading.arms import Arm, parse_arm, view_controls, with_view_controls
 from medaug.grading.benchmark import MetricSink, Row, predictions_of, run_benchmark, summary_of
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.report import write_report
 from medaug.grading.verdict import BASELINE, judge
 from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
+from medaug.training.teacher import check_origin
 
 DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
 VERDICT_NAME = "verdict.json"
@@ -49,7 +50,7 @@ def grade(
 
     Args:
         arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images,
-            "NAME=FOLDER:amst" to train on them by AMST; see `parse_arm`.
+            "NAME=FOLDER:amst" to train on them by AMST, with its control "weak_view" added; see `parse_arm`.
         networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
         seeds: how many, or which.
         profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
@@ -76,7 +77,7 @@ def grade(
         "allow_untrusted": allow_untrusted,
         "amst": amst,
     }
-    arms = [parse_arm(spec, **options) for spec in arm_specs]
+    arms = with_view_controls([parse_arm(spec, **options) for spec in arm_specs])
     if BASELINE not in [arm.name for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     recipes = {name: grading_recipe(profile, name, overrides) for name in names}
@@ -85,7 +86,10 @@ def grade(
         cohort, arms, names, which, recipes, out, progress=progress, on_row=on_row, tracking=tracking, device=device
     )
     predictions = predictions_of(cohort, rows)
-    verdict = judge(predictions, ordinal=cohort.ordinal, notes=_notes(cohort, arms), num_resamples=num_resamples)
+    notes = [*_notes(cohort, arms), *_inert(rows)]
+    verdict = judge(
+        predictions, ordinal=cohort.ordinal, notes=notes, view_controls=view_controls(arms), num_resamples=num_resamples
+    )
     storage.write_json(out / VERDICT_NAME, verdict)
     write_report(out, cohort, rows, verdict, command=command, profile=profile)
     return {"rows": [summary_of(row) for row in rows], "verdict": verdict}
@@ -101,7 +105,24 @@ def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
             notes.append(
                 f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients."
             )
+        if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, arm.name, trusted=True):
+            notes.append(f"Nothing shows that the teacher of arm {arm.name} never saw the test patients.")
+        given = arm.synthetic.training if arm.synthetic else ()
+        if any((case.lineage or {}).get("weights_trusted") for case in given):
+            notes.append(f"The labels of arm {arm.name} come from a network that began from weights of unknown origin.")
     return notes
+
+
+def _inert(rows: Sequence[Row]) -> list[str]:
+    """Arms whose weighting of unlabelled images did nothing, in how many runs."""
+    found: dict[str, int] = {}
+    for row in rows:
+        if any(note.startswith("amst-softmatch-inert") for note in row.get("amst", {}).get("notes", ())):
+            found[row["arm"]] = found.get(row["arm"], 0) + 1
+    return [
+        f"In {count} run(s) of arm {arm} the weights of unlabelled images stayed near 1: its consistency was plain pseudo-labelling."
+        for arm, count in found.items()
+    ]
 
 
 def _check_networks(names: Sequence[str], cohort: Cohort) -> None:

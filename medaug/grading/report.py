@@ -39,6 +39,7 @@ def table_rows(rows: Sequence[Row], verdict: Mapping[str, Any]) -> list[dict[str
             "seeds": len(runs),
             "num_training": runs[0]["num_training"],
             "ratio": runs[0]["ratio"],
+            "image_passes": runs[0].get("image_passes"),  # rows of earlier versions do not count them
         }
         for metric in METRICS:
             line |= _mean_and_spread(metric, [run["test"]["metrics"][metric] for run in runs])

@@ -1,7 +1,8 @@
 """From predictions to a plain sentence per arm: helps, no evidence, harms.
 
 An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
-that repeats real images, both also after Holm's correction over the arms. It "harms" if its interval against plain
+that repeats real images, both also after Holm's correction over the arms. An arm that shows its images through views of its
+own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against plain
 training lies below 0. Both ask every seed to agree on the sign. Everything else is "no evidence", which is not "no
 effect".
 """
@@ -83,6 +84,7 @@ def judge(
     *,
     ordinal: bool,
     notes: Sequence[str] = (),
+    view_controls: Mapping[str, str] | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
@@ -90,11 +92,12 @@ def judge(
 
     Args:
         ordinal: chooses the primary metric.  notes: warnings about the data, repeated in every verdict.
+        view_controls: arm -> the arm of real images seen through the same weak view, for arms that bring views of their own.
         num_resamples, seed: of the bootstrap.
 
     Returns:
-        arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, against_none and against_control (difference,
-        low, high, p_value, p_holm, score_a, score_b ...; control None if there is none), seed_differences, per_network,
+        arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, against_none, against_control and
+        against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control), seed_differences, per_network,
         wilcoxon, validation_difference, warnings.
     """
     check_complete(predictions)
@@ -108,17 +111,20 @@ def judge(
     against_none = {arm: compare_scores(pooled[arm], pooled[BASELINE]) for arm in judged}
     has_control = CONTROL in predictions.arms
     against_control = {arm: compare_scores(pooled[arm], pooled[CONTROL]) for arm in judged if has_control and arm != CONTROL}
+    own_views = {arm: compare_scores(pooled[arm], pooled[other]) for arm, other in _known(view_controls, predictions).items()}
+    holm_views = holm({arm: result.p_value for arm, result in own_views.items()})
     holm_none = holm({arm: result.p_value for arm, result in against_none.items()})
     holm_control = holm({arm: result.p_value for arm, result in against_control.items()})
     warnings = _warnings(predictions, notes, has_control)
     verdicts: dict[str, dict[str, Any]] = {}
     for arm in judged:
-        control = against_control.get(arm)
+        control, views = against_control.get(arm), own_views.get(arm)
         seeds = _seed_differences(predictions, arm, metric)
         # The interval covers the choice of test patients, not the luck of training: seeds that disagree are no evidence.
         helped = (
             _above(against_none[arm], holm_none[arm])
             and (control is None or _above(control, holm_control[arm]))
+            and (views is None or _above(views, holm_views[arm]))
             and min(seeds) > 0
         )
         harmed = against_none[arm].high < 0 and max(seeds) < 0
@@ -127,11 +133,12 @@ def judge(
         verdicts[arm] = {
             "verdict": verdict,
             "sentence": _sentence(
-                arm, verdict, METRIC_LABELS[metric], against_none[arm], control, seeds, len(predictions.networks)
+                arm, verdict, METRIC_LABELS[metric], against_none[arm], control, views, seeds, len(predictions.networks)
             ),
             "metric": metric,
             "against_none": _plain(against_none[arm], holm_none[arm]),
             "against_control": None if control is None else _plain(control, holm_control[arm]),
+            "against_views": None if views is None else _plain(views, holm_views[arm]),
             "seed_differences": [_none_if_nan(value) for value in seeds],
             "per_network": {network: _plain(result, None) for network, result in networks.items()},
             "wilcoxon": wilcoxon_networks([result.difference for result in networks.values()]),
@@ -139,6 +146,18 @@ def judge(
             "warnings": warnings,
         }
     return verdicts
+
+
+def _known(view_controls: Mapping[str, str] | None, predictions: Predictions) -> Mapping[str, str]:
+    """The controls, all of them run.
+
+    Raises:
+        ConfigError: an arm or its control has no predictions.
+    """
+    missing = {name for pair in (view_controls or {}).items() for name in pair} - set(predictions.arms)
+    if missing:
+        raise ConfigError("control-missing", f"A verdict on views needs the arm(s) {', '.join(sorted(missing))}; run them too.")
+    return view_controls or {}
 
 
 def _above(result: PairedDifference, p_holm: float) -> bool:
@@ -183,6 +202,7 @@ def _sentence(
     metric: str,
     none: PairedDifference,
     control: PairedDifference | None,
+    views: PairedDifference | None,
     seeds: Sequence[float],
     num_networks: int,
 ) -> str:
@@ -196,6 +216,8 @@ def _sentence(
     )
     if control is not None:
         text += f"; against repeated real images {control.difference:+.3f} ({control.low:+.3f} to {control.high:+.3f})"
+    if views is not None:
+        text += f"; against real images seen through the same weak view {views.difference:+.3f} ({views.low:+.3f} to {views.high:+.3f})"
     text += f"; mean over {num_networks} network(s) and {len(seeds)} seed(s)"
     if len(seeds) > 1 and min(seeds) < 0 < max(seeds):
         text += f", whose seeds disagree on the sign ({min(seeds):+.3f} to {max(seeds):+.3f})"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 from medaug.cohort import SPLITS
 from medaug.errors import DataError
 from medaug.intake import duplicates
-from medaug.intake.classes import Classes, find_classes, tidy
+from medaug.intake.classes import Classes, find_classes, in_words, tidy
 from medaug.intake.grouping import describe_groups, group, join_known, thumbnails
+from medaug.intake.identity import names_patient, reveals
 from medaug.intake.join import SPLIT_RANK
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.read import Quarantine
 from medaug.intake.readers import agreement, describe, settle
-from medaug.intake.records import IntakeOptions, Record, reveals
+from medaug.intake.records import IntakeOptions, Record
 from medaug.splits import grouped_split
 
 DEFAULT_RATIOS = (0.7, 0.1, 0.2)
@@ -74,17 +75,16 @@ def assemble(
     for record in ordered:
         record.labels = tuple(sorted({names.get(label, label) for label in record.labels}))
         record.votes = tuple((row, reader, names.get(label, label)) for row, reader, label in record.votes)
-    _refuse_names(ordered)
-    classes = find_classes([label for record in ordered for label in record.labels], options.ordinal)
+    sayable = refuse_names(ordered)
+    classes = find_classes([label for record in ordered for label in record.labels], options.ordinal, sayable)
     found = _agreement(ordered, classes)
     single = _labelled(ordered, classes, options, quarantine)
-    if single and found["disagreed"] and options.conflicts != "quarantine":
-        classes = _without_unused(ordered, single, classes, options)
     sets = duplicates.Union(len(ordered))
     merged = join_known(ordered, sets)
     kept = _without_duplicates(ordered, single, sets, quarantine)
     if not kept:
         raise no_usable_image(quarantine)
+    classes = _without_unused(ordered, kept, classes, sayable)
     result = Assembly([ordered[index] for index in kept], classes, agreement=found, notes=list(classes.notes))
     if found["read_twice"]:
         result.notes.append(describe(found, options.conflicts))
@@ -94,8 +94,8 @@ def assemble(
     grouped = group(ordered, kept, sets, keeps_splits, pseudonyms)
     result.neighbour_distances = grouped.neighbour_distances
     result.notes.extend(grouped.notes)
-    _refuse_small_classes(result.records, classes.names)
-    _split(result, options, keeps_splits, quarantine)
+    _refuse_small_classes(result.records, classes.names, sayable)
+    _split(result, options, keeps_splits, quarantine, sayable)
     result.groups = describe_groups(result.records) | grouped.search
     result.leak = _leak(result.records, options.seed)
     return result
@@ -109,22 +109,45 @@ def no_usable_image(quarantine: Quarantine) -> DataError:
     )
 
 
-def _refuse_names(records: Sequence[Record]) -> None:
-    """Refuse labels that name the patients of all their images: a folder per patient, or the wrong column."""
-    innocent: set[str] = set()
-    known: set[str] = set()
+def refuse_names(records: Sequence[Record]) -> frozenset[str]:
+    """Refuse labels that name patients: a folder per patient, or the wrong column.
+
+    One image is enough where its label holds two parts of a name, an identifier or a date of its patient; a single part,
+    which may be a word by chance, has to fit half of the images.
+
+    Returns:
+        The labels that errors may repeat: every one of their images says whose it is, and the label holds none of it.
+
+    Raises:
+        DataError: `label-identifies`.
+    """
+    images: Counter[str] = Counter()
+    certain: set[str] = set()
+    likely: Counter[str] = Counter()
+    unknown: set[str] = set()
+    seen: dict[tuple[str, tuple[str, ...]], tuple[bool, bool]] = {}
     for record in records:
         for label in record.labels:
-            if label not in innocent:
-                known.add(label)
-                if not any(len(secret.strip()) >= 4 and reveals(label, secret) for secret in record.secrets):
-                    innocent.add(label)
-    if known - innocent:
+            images[label] += 1
+            pair = (label, record.secrets)
+            if pair not in seen:
+                names = any(names_patient(label, secret) for secret in record.secrets)
+                may_name = any(len(secret.strip()) >= 4 and reveals(label, secret) for secret in record.secrets)
+                seen[pair] = names, may_name
+            if seen[pair][0]:
+                certain.add(label)
+            likely[label] += seen[pair][1]
+            if not record.secrets:
+                unknown.add(label)
+    refused = certain | {label for label, count in likely.items() if 2 * count >= images[label]}
+    if refused:
         raise DataError(
             "label-identifies",
-            f"{len(known - innocent)} label(s) hold the name or identifier of the patient whose images they label; "
+            f"{len(refused)} label(s) hold the name, an identifier or a date of a patient whose images they label; "
             "choose the column that holds the class, or sort the images into folders by class.",
         )
+    checked = set(images) - unknown - {label for label, count in likely.items() if count}
+    return frozenset(tidy(label) for label in checked)
 
 
 def _agreement(records: Sequence[Record], classes: Classes) -> dict[str, Any]:
@@ -142,27 +165,28 @@ def _labelled(records: Sequence[Record], classes: Classes, options: IntakeOption
         votes = record.votes or tuple((0, "", label) for label in record.labels)
         rank = settle(votes, index, policy=options.conflicts, senior=options.senior, ordinal=classes.ordinal)
         if rank is None:
-            quarantine.add(record.quarantine_name, "conflicting-label", "The label table gives this image several classes.")
+            quarantine.leave_out(record, "conflicting-label", "The label table gives this image several classes.")
         else:
             record.label = rank
             single.append(number)
     return single
 
 
-def _without_unused(records: Sequence[Record], single: Sequence[int], classes: Classes, options: IntakeOptions) -> Classes:
-    """The classes without those that only outvoted readers saw."""
-    used = sorted({records[index].label for index in single})
+def _without_unused(records: Sequence[Record], kept: Sequence[int], classes: Classes, sayable: Container[str]) -> Classes:
+    """The classes without those of which no image remains: only outvoted readers saw them, or all their images are left out."""
+    used = sorted({records[index].label for index in kept})
     if len(used) == len(classes.names):
         return classes
-    left = [classes.names[rank] for rank in range(len(classes.names)) if rank not in used]
-    for index in single:
-        records[index].label = used.index(records[index].label)
-    meaning = {text: used.index(rank) for text, rank in classes.index.items() if rank in used}
-    note = f"{len(left)} class(es) that only outvoted readers saw were dropped: {', '.join(left)}."
+    left = [rank for rank in range(len(classes.names)) if rank not in used]
     if len(used) < 2:
         raise DataError(
-            "class-too-small", "After settling the readers' conflicts fewer than two classes remain; check --conflicts."
+            "class-too-small", "Fewer than two classes have images that remain; look at the label conflicts and at --conflicts."
         )
+    for index in kept:
+        records[index].label = used.index(records[index].label)
+    meaning = {text: used.index(rank) for text, rank in classes.index.items() if rank in used}
+    named = ", ".join(in_words(classes.names, rank, sayable) for rank in left[:20]) + (" ..." if len(left) > 20 else "")
+    note = f"{len(left)} class(es) were dropped, because no image of them remains: {named}."
     return Classes(tuple(classes.names[rank] for rank in used), classes.ordinal, meaning, (*classes.notes, note))
 
 
@@ -181,32 +205,30 @@ def _without_duplicates(
     for copies in members.values():
         if len({records[index].label for index in copies}) > 1:
             for index in copies:
-                quarantine.add(records[index].quarantine_name, "conflicting-label", "Identical images have different labels.")
+                quarantine.leave_out(records[index], "conflicting-label", "Identical images have different labels.")
             continue
         # The copy in the most held-out split stays, so that fixed test sets keep their images.
         best, *others = sorted(copies, key=lambda index: (SPLIT_RANK[records[index].split], index))
         kept.append(best)
         for index in others:
             code = records[best].case_id
-            quarantine.add(
-                records[index].quarantine_name, "duplicate-image", f"The image is identical to case {code}, which stays."
-            )
+            quarantine.leave_out(records[index], "duplicate-image", f"The image is identical to case {code}, which stays.")
     return sorted(kept)
 
 
-def _refuse_small_classes(records: Sequence[Record], names: Sequence[str]) -> None:
-    for label, name in enumerate(names):
+def _refuse_small_classes(records: Sequence[Record], names: Sequence[str], sayable: Container[str]) -> None:
+    for label in range(len(names)):
         cases = sum(record.label == label for record in records)
         groups = len({record.group for record in records if record.label == label})
         if cases < 2 or groups < 2:
             raise DataError(
                 "class-too-small",
-                f"Class {name!r} has {cases} usable image(s) in {groups} group(s) or patient(s), at least 2 of each are needed; "
+                f"Class {in_words(names, label, sayable)} has {cases} usable image(s) in {groups} group(s) or patient(s), at least 2 of each are needed; "
                 "add images, join it with another class or leave it out.",
             )
 
 
-def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarantine: Quarantine) -> None:
+def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarantine: Quarantine, sayable: Container[str]) -> None:
     if keeps_splits:
         _keep_splits(result, options.seed, quarantine)
     else:
@@ -216,7 +238,8 @@ def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarant
         if "training" not in present:
             raise DataError(
                 "class-too-small",
-                f"Class {name!r} has no usable image in the training split; use --split to divide the source anew.",
+                f"Class {in_words(result.classes.names, label, sayable)} has no usable image in the training split; "
+                "use --split to divide the source anew.",
             )
         result.notes.extend(f"Class {name!r} has no image in the {split} split." for split in SPLITS[1:] if split not in present)
 
@@ -235,12 +258,10 @@ def _keep_splits(result: Assembly, seed: int, quarantine: Quarantine) -> None:
     kept = []
     for record in result.records:
         if record.split is None:
-            quarantine.add(
-                record.quarantine_name, "split-unknown", "The source has splits but gives none that is known for this image."
-            )
+            quarantine.leave_out(record, "split-unknown", "The source has splits but gives none that is known for this image.")
         elif record.split != home[record.group]:
             reason = f"Its group is also in the {home[record.group]} split; this {record.split} image would leak it."
-            quarantine.add(record.quarantine_name, "group-crosses-splits", reason)
+            quarantine.leave_out(record, "group-crosses-splits", reason)
         else:
             kept.append(record)
     result.records = kept

@@ -16,12 +16,13 @@ from medaug.intake import report
 from medaug.intake.assemble import Assembly, assemble, no_usable_image
 from medaug.intake.compose import compose
 from medaug.intake.copies import discard_copies, publish_copies, write_copies
+from medaug.intake.identity import known_patient
 from medaug.intake.join import Joiner
-from medaug.intake.labels import read_rows
+from medaug.intake.labels import count_uncached, read_rows
 from medaug.intake.pseudonyms import Pseudonyms, write_mapping
 from medaug.intake.read import Quarantine, Suspects, read_records
-from medaug.intake.records import IntakeOptions, IntakeResult, Record, known_patient
-from medaug.intake.scan import Scan, partial_folder, scan, source_sha256
+from medaug.intake.records import IntakeOptions, IntakeResult, Record, partial_folder
+from medaug.intake.scan import Scan, scan, source_sha256
 from medaug.intake.series import arrange
 from medaug.intake.volumes import gather
 
@@ -81,13 +82,25 @@ def _reserved(options: IntakeOptions) -> Iterator[Path]:
         raise StorageError(
             "out-is-mount", "The output folder is a mount point and cannot be replaced; name a new folder inside it."
         )
-    with storage.locked(folder):
+    with _named_for_users(out), storage.locked(folder):
         try:
             with storage.locked(out) if out.is_dir() else nullcontext():
                 yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             discard_copies(options)
+
+
+@contextmanager
+def _named_for_users(out: Path) -> Iterator[None]:
+    """Say the name of the output folder, not that of the hidden one beside it."""
+    try:
+        yield
+    except StorageError as error:
+        hidden = partial_folder(out).name
+        if hidden not in error.message:
+            raise
+        raise StorageError(error.code, error.message.replace(hidden, out.name)) from error
 
 
 def _existing(options: IntakeOptions, source: str, pseudonyms: Pseudonyms) -> IntakeResult | None:
@@ -143,12 +156,13 @@ def _take_in(
     options: IntakeOptions, found: Scan, source: str, folder: Path | None, progress: Progress | None, pseudonyms: Pseudonyms
 ) -> IntakeResult:
     """Read, decide and, with a folder, write."""
-    quarantine = Quarantine(list(found.quarantine))
+    quarantine = Quarantine(list(found.quarantine), dict(found.places))
     if not found.items:
         raise no_usable_image(quarantine)
     arrangement = arrange(found.items, options)
     found.items = gather(arrangement.items) if options.dimensions == 3 else arrangement.items
     quarantine.rows.extend(arrangement.quarantine)
+    quarantine.places |= arrangement.places
     if not found.items:
         raise no_usable_image(quarantine)
     suspects = Suspects()
@@ -171,7 +185,7 @@ def _take_in(
     if folder is not None:
         _write(result, assembly, folder, suspects)
         if options.mapping is not None:
-            write_mapping(options.mapping, _mapping_rows(assembly.records, pseudonyms))
+            write_mapping(options.mapping, _mapping_rows(assembly.records, quarantine, pseudonyms))
     return result
 
 
@@ -182,8 +196,10 @@ def _name_series(records: Sequence[Record], pseudonyms: Pseudonyms) -> None:
             record.acquisition["series"] = pseudonyms.hexadecimal("series", record.item.series)
 
 
-def _mapping_rows(records: Sequence[Record], pseudonyms: Pseudonyms) -> Iterator[tuple[str, str, str]]:
-    """Which pseudonym means what: patients, UIDs of the DICOM copies, and the file of every case."""
+def _mapping_rows(records: Sequence[Record], quarantine: Quarantine, pseudonyms: Pseudonyms) -> Iterator[tuple[str, str, str]]:
+    """Which pseudonym means what: patients, UIDs of the DICOM copies, the file of every case and of every row left out."""
+    for name, place in quarantine.places.items():
+        yield "quarantine", name, place
     for record in records:
         yield "file", record.case_id, record.item.relative
         for kind, value in record.identities:
@@ -212,6 +228,12 @@ def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner, suspects
         notes.append(
             f"{joiner.restored_zeros} identifier(s) matched the label table only without leading zeros; "
             "each fitted one image or patient."
+        )
+    uncached = count_uncached(options.labels, options.sheet) if options.labels is not None else 0
+    if uncached:
+        notes.append(
+            f"{uncached} cell(s) of the label table are formulas without a stored value and were read as blank; "
+            "open the table in a spreadsheet program and save it again."
         )
     if found.has_splits and options.split is not None:
         notes.append("The source's own splits were replaced, because --split was given.")

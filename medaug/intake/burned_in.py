@@ -20,6 +20,8 @@ MIN_SIDE = 64  # pixels; smaller pictures cannot hold a legible name
 MIN_LETTERS = 3
 TILE = 16
 STRONG = 0.22  # share of the intensity range that a stroke's edge crosses
+NOISY = 0.9  # share of the tiles with that many edges: then chance puts strokes in a row all over the picture
+LONG = 6  # letters of a row that is believed in such a picture
 BUSY = 24  # strong edges in a tile of 16 x 16 pixels that holds letters
 # PS3.4 B.5 and its retired classes: Secondary Capture, ultrasound, angiography and fluoroscopy, photographs and
 # ophthalmic pictures, which are taken from screens or stamped by the device.
@@ -128,10 +130,11 @@ def find_text(pixels: np.ndarray) -> list[Box]:
         unit = np.clip((unit - low) / (high - low), 0, 1)
         if not _busy(unit, STRONG):
             return []
+    noisy = float((_edges_per_tile(unit, STRONG) >= BUSY).mean()) > NOISY
     found: list[Box] = []
     for image in (unit, 1 - unit):
         for strokes in _binarised(image):
-            found += _rows_of_letters(strokes, image)
+            found += _rows_of_letters(strokes, image, noisy)
     return _merged(found, unit.shape[:2])
 
 
@@ -157,7 +160,16 @@ def _binarised(image: np.ndarray) -> list[np.ndarray]:
     return masks
 
 
-def _rows_of_letters(strokes: np.ndarray, image: np.ndarray) -> list[Box]:
+def _rows_of_letters(strokes: np.ndarray, image: np.ndarray, noisy: bool) -> list[Box]:
+    """Rows of letters; in a noisy picture only those longer than what chance makes of its strokes, read along columns."""
+    rows = _chains(_letters(strokes, image))
+    if rows and noisy:
+        chance = max((number for number, _ in _chains(_letters(strokes.T, image.T))), default=0)
+        rows = [(number, box) for number, box in rows if number >= max(LONG, chance + MIN_LETTERS)]
+    return [box for _, box in rows]
+
+
+def _letters(strokes: np.ndarray, image: np.ndarray) -> list[Box]:
     from scipy import ndimage
 
     labels, number = ndimage.label(strokes, structure=np.ones((3, 3)))
@@ -174,7 +186,7 @@ def _rows_of_letters(strokes: np.ndarray, image: np.ndarray) -> list[Box]:
             continue  # a filled rectangle is no letter, unless it is a stroke as wide as I or l
         if _contrast(labels, label, place, image) >= STRONG:
             letters.append((top, left, bottom, right))
-    return _rows(letters)
+    return letters
 
 
 def _contrast(labels: np.ndarray, label: int, place: tuple[slice, slice], image: np.ndarray) -> float:
@@ -186,8 +198,11 @@ def _contrast(labels: np.ndarray, label: int, place: tuple[slice, slice], image:
     return float(np.median(image[rows, columns][own]) - np.median(around)) if around.size else 0.0
 
 
-def _rows(letters: Sequence[Box]) -> list[Box]:
-    """Chains of neighbours of like height on one line: each letter goes on with the nearest one to its right."""
+def _chains(letters: Sequence[Box]) -> list[tuple[int, Box]]:
+    """Chains of neighbours of like height on one line, with their numbers of letters.
+
+    Each letter goes on with the nearest one to its right.
+    """
     ordered = sorted(letters, key=lambda box: (box[1], box[0]))
     following = [-1] * len(ordered)
     lefts = np.array([box[1] for box in ordered])
@@ -213,7 +228,7 @@ def _rows(letters: Sequence[Box]) -> list[Box]:
         while following[chain[-1]] >= 0:
             chain.append(following[chain[-1]])
         if len(chain) >= MIN_LETTERS and _is_even([ordered[index] for index in chain]):
-            found.append(_around([ordered[index] for index in chain]))
+            found.append((len(chain), _around([ordered[index] for index in chain])))
     return found
 
 

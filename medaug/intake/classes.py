@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from medaug.errors import DataError
@@ -26,7 +26,7 @@ class Classes:
     notes: tuple[str, ...]
 
 
-def find_classes(labels: Iterable[str], ordinal: bool | None = None) -> Classes:
+def find_classes(labels: Iterable[str], ordinal: bool | None = None, sayable: Container[str] | None = None) -> Classes:
     """Order the classes behind label texts.
 
     Numbers and grades ("2", "2.0", "II", "grade 2") are one class if all labels can be read so; other texts are one
@@ -35,6 +35,7 @@ def find_classes(labels: Iterable[str], ordinal: bool | None = None) -> Classes:
     Args:
         labels: one text per image, not blank.
         ordinal: None takes classes as ordered if all are numbers or begin with grade<digit>.
+        sayable: class names that an error may repeat besides grades; the others may be patients.
 
     Raises:
         DataError: fewer than two classes, or so many that the column cannot hold classes.
@@ -48,7 +49,7 @@ def find_classes(labels: Iterable[str], ordinal: bool | None = None) -> Classes:
     else:
         names, meaning = _named(counts, notes)
         ordered = all(GRADE_NAME.match(name) for name in names)
-    _check_number(names, sum(counts.values()))
+    _check_number(names, sum(counts.values()), sayable or ())
     if ordinal is None and ordered:
         notes.append("The classes were taken as ordered grades because of their names; --nominal says otherwise.")
     return Classes(tuple(names), ordered if ordinal is None else ordinal, meaning, tuple(notes))
@@ -105,11 +106,23 @@ def _quote(texts: Iterable[str]) -> str:
     return ", ".join(repr(text[:40]) for text in ordered[:5]) + (" ..." if len(ordered) > 5 else "")
 
 
-def _check_number(names: list[str], images: int) -> None:
+def is_grade(name: str) -> bool:
+    """True for "2", "grade 2", "II": texts that cannot be a patient (but for numbers of more than three digits)."""
+    return len(name) <= 12 and sum(letter.isdigit() for letter in name) <= 3 and number(name) is not None
+
+
+def in_words(names: Sequence[str], rank: int, sayable: Container[str] = ()) -> str:
+    """What an error calls a class: its name if it is a grade or among `sayable`, else its place among the classes."""
+    name = names[rank]
+    return repr(name) if is_grade(name) or name in sayable else f"number {rank + 1} of {len(names)} in order of name"
+
+
+def _check_number(names: list[str], images: int, sayable: Container[str]) -> None:
     if len(names) < 2:
+        found = f" ({in_words(names, 0, sayable)})" if names and (is_grade(names[0]) or names[0] in sayable) else ""
         raise DataError(
             "class-too-small",
-            f"At least two classes are needed, got {len(names)} ({', '.join(names)}); check the label column or the folders.",
+            f"At least two classes are needed, got {len(names)}{found}; check the label column or the folders.",
         )
     if len(names) > MAX_CLASSES or (len(names) > 20 and len(names) > images / 2):
         raise DataError(

@@ -14,8 +14,7 @@ from medaug.errors import DataError, StorageError
 from medaug.intake.deidentify import CODES, METHOD, PROFILE, deidentified
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.read import Quarantine
-from medaug.intake.records import IntakeOptions, Record
-from medaug.intake.scan import partial_folder
+from medaug.intake.records import IntakeOptions, Record, partial_folder
 from medaug.io import limits
 from medaug.io.dicom_elements import quiet
 from medaug.io.dicom_file import open_dataset
@@ -64,7 +63,7 @@ def write_copies(
                 series, data = _copy(own, relative, path, pseudonyms)
             except DataError as error:
                 refused += 1
-                quarantine.add(first.quarantine_name, error.code, error.message)
+                quarantine.leave_out(first, error.code, error.message)
                 continue
             name = f"{source[:12]}_{number:04d}.dcm" if len(files) > 1 else f"{source[:12]}.dcm"
             storage.write_bytes(folder / (first.patient or first.group) / series / name, data)

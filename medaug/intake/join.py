@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medaug.errors import ConfigError
+from medaug.intake.identity import known_patient, normal_id, patient_of
 from medaug.intake.labels import IdentifierTable, Matches, Row, match_files, read_rows
 from medaug.intake.readers import same_reader
-from medaug.intake.records import IntakeOptions, Item, Record, known_patient, normal_id
+from medaug.intake.records import IntakeOptions, Item, Record
 from medaug.intake.scan import SPLIT_NAMES
+from medaug.io.dicom_header import secrets_of
 from medaug.io.picture import Picture
 from medaug.io.stacks import slice_unit
 
 SPLIT_RANK = {"test": 0, "validation": 1, "training": 2, None: 3}
-IDENTIFYING = ("patient", "patient_name", "accession", "birth_date")
 MAPPED = ("patient", "study", "series", "sop", "accession")
 IS_POSITION = re.compile(r"(^|[^a-z])z([^a-z]|$)|pos|loc|mm", re.IGNORECASE)
 POSITION_TOLERANCE_MM = 0.05
@@ -112,7 +113,7 @@ class Joiner:
         labels = [row.label for row in rows] if self._has_table else [own or ""]
         patients = [row.patient for row in rows] or [item.patient]
         # What a table leaves blank, the file may know.
-        patients = patients if any(known_patient(value) for value in patients) else [picture.identifiers.get("patient", "")]
+        patients = patients if any(known_patient(value) for value in patients) else [_patient(picture.identifiers)]
         groups = [row.group for row in rows] if self._has_table else [item.group]
         return Record(
             item=item,
@@ -120,9 +121,7 @@ class Joiner:
             labels=tuple(sorted({label.strip() for label in labels if label.strip()})),
             split=self._split(rows, item.split if inner_split is None else inner_split),
             group_keys=_group_keys(patients, groups),
-            secrets=tuple(
-                value for value in {*patients, *(picture.identifiers.get(key, "") for key in IDENTIFYING)} if known_patient(value)
-            ),
+            secrets=tuple(sorted(value for value in {*patients, *secrets_of(picture.identifiers)} if known_patient(value))),
             position=_position(item, picture),
             volume=_volume(item, picture),
             modality=picture.modality,
@@ -140,6 +139,11 @@ class Joiner:
             return own
         named = [SPLIT_NAMES.get(row.split.casefold()) for row in rows]
         return min(named, key=lambda name: SPLIT_RANK[name], default=None)
+
+
+def _patient(identifiers: Mapping[str, str]) -> str:
+    """The patient's identifier; where it is blank, the name with the birth date."""
+    return patient_of(*(identifiers.get(key, "") for key in ("patient", "patient_name", "birth_date")))
 
 
 def _group_keys(patients: Sequence[str], groups: Sequence[str]) -> tuple[tuple[str, str], ...]:

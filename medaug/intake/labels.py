@@ -32,6 +32,20 @@ USUAL_NAMES = {
 }
 
 
+# Words of column names that may be repeated in a message; whatever else the first row holds may be a patient.
+COLUMN_WORDS = frozenset(word for names in USUAL_NAMES.values() for word in names) | frozenset(
+    re.findall(
+        r"\w+",
+        "id ids no nr num number code key index uid instance image file path name names date time birth born dob sex "
+        "gender age weight height group split fold set reader rater radiologist doctor physician senior score stage "
+        "severity finding findings result comment comments note notes remark remarks site hospital department ward "
+        "center centre side slice position location mm z x y modality outcome scanner device study series sop accession "
+        "patient subject case label class grade diagnosis target category first last given family surname exam "
+        "examination visit order referral report text type status quality mask lesion volume frame ",
+    )
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of the label table that concerns us; `number` counts from 1 below the header."""
@@ -77,13 +91,14 @@ def read_rows(options: IntakeOptions) -> list[Row]:
     key = _column(header, options.key_column, options.key, "key")
     if key is None:
         raise ConfigError(
-            "column-missing", f"The label table has no column for --key {options.key}; name it with --key-column. {_list(header)}"
+            "column-missing",
+            f"The label table has no column for --key {options.key}; name it with --key-column. {describe_columns(header)}",
         )
     label = _column(header, options.label_column, "label", "label")
     if label is None:
         raise ConfigError(
             "column-missing",
-            f"The label table has no column that looks like a label; name it with --label-column. {_list(header)}",
+            f"The label table has no column that looks like a label; name it with --label-column. {describe_columns(header)}",
         )
     group = _column(header, options.group_column, None, "group")
     patient = _column(header, options.patient_column, "patient", "patient")
@@ -111,7 +126,10 @@ def _column(header: Sequence[str], wanted: str | None, usual: str | None, what: 
         hits = hits or [index for index, name in enumerate(header) if name.casefold() == wanted.strip().casefold()]
         if len(hits) != 1:
             found = "twice" if hits else "not there"
-            raise ConfigError("column-missing", f"The {what} column {wanted!r} is {found} in the label table. {_list(header)}")
+            raise ConfigError(
+                "column-missing",
+                f"The {what} column that was asked for is {found} in the label table. {describe_columns(header)}",
+            )
         return hits[0]
     plain = [re.sub(r"[^a-z]", "", name.casefold()) for name in header]
     for name in USUAL_NAMES[usual] if usual else ():
@@ -120,8 +138,27 @@ def _column(header: Sequence[str], wanted: str | None, usual: str | None, what: 
     return None
 
 
-def _list(header: Sequence[str]) -> str:
-    return f"Its columns are: {', '.join(header[:30])}{' ...' if len(header) > 30 else ''}."
+def describe_columns(header: Sequence[str]) -> str:
+    """How many columns the first row of a table has, and those with plain names; without a header it holds a patient.
+
+    A name is repeated only if its words are usual ones for columns of label tables.
+    """
+    plain = [name for name in header if _is_column_name(name)]
+    text = f"Its first row has {len(header)} column(s)"
+    text += f", among them: {', '.join(plain[:30])}{' ...' if len(plain) > 30 else ''}." if plain else "."
+    if not plain and any(any(letter.isdigit() for letter in name) for name in header):
+        text += " It looks like data: put a row with the names of the columns above it."
+    return text
+
+
+def _is_column_name(name: str) -> bool:
+    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).casefold())
+    return (
+        name.isascii()
+        and not re.search(r"[^A-Za-z _.()/-]", name)
+        and bool(words)
+        and all(word in COLUMN_WORDS for word in words)
+    )
 
 
 def read_cells(path: Path, sheet: str | None = None) -> list[list[str]]:
@@ -200,7 +237,7 @@ def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
         ) from None
     try:
         if sheet is not None and sheet not in book.sheetnames:
-            raise ConfigError("sheet-missing", f"The XLSX has no sheet {sheet!r}; it has: {', '.join(book.sheetnames[:20])}.")
+            raise ConfigError("sheet-missing", f"The XLSX has no sheet of that name; {_describe_sheets(book.sheetnames)}.")
         page = book[sheet] if sheet is not None else book.worksheets[0]
         _check_extent(page.max_row, page.max_column)
         grid = [[_text(value) for value in line] for line in page.iter_rows(values_only=True)]
@@ -211,6 +248,45 @@ def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
         return grid
     finally:
         book.close()
+
+
+def _describe_sheets(names: Sequence[str]) -> str:
+    """The number of sheets, and the names that are a spreadsheet program's own or usual words."""
+    usual = [
+        name
+        for name in names
+        if re.fullmatch(r"(Sheet|Tabelle|Table|Feuil|Hoja|Foglio|Blad) ?\d{0,3}", name) or _is_column_name(name)
+    ]
+    return f"it has {len(names)} sheet(s)" + (f", among them: {', '.join(usual[:20])}" if usual else "")
+
+
+def count_uncached(path: Path, sheet: str | None = None) -> int:
+    """Cells of an XLSX sheet that are formulas without a stored value: `read_cells` gives them as blank.
+
+    Programs that do not calculate write such cells. Returns 0 for a CSV.
+    """
+    import openpyxl
+
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"PK\3\4":
+            return 0
+    with zipfile.ZipFile(path) as archive:
+        pages = [entry.filename for entry in archive.infolist() if entry.filename.startswith("xl/worksheets/")]
+        if not any(re.search(rb"<(\w+:)?f[ />]", archive.read(name)) for name in pages):
+            return 0
+    with open(path, "rb") as stored, open(path, "rb") as written:
+        values, formulas = (openpyxl.load_workbook(file, data_only=only) for file, only in ((stored, True), (written, False)))
+        try:
+            pages = [sheet if sheet is not None else book.worksheets[0].title for book in (values, formulas)]
+            rows = zip(values[pages[0]].iter_rows(), formulas[pages[1]].iter_rows(), strict=False)
+            return sum(
+                right.data_type == "f" and left.value is None
+                for lefts, rights in rows
+                for left, right in zip(lefts, rights, strict=False)
+            )
+        finally:
+            values.close()
+            formulas.close()
 
 
 def _check_extent(rows: int, columns: int) -> None:

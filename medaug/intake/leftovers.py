@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from medaug.intake.records import PLACEHOLDER_IDS, PLAIN_DICOM_NAME
+from medaug.intake.identity import PLACEHOLDER_IDS, PLAIN_DICOM_NAME
 
 TEXT = frozenset({"LO", "SH", "LT", "ST", "UT", "UC", "UR", "AE"})
 SHORT = 4  # letters or digits; shorter values are compared with whole elements, for any file holds them somewhere

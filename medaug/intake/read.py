@@ -6,6 +6,7 @@ at a time and as many parts wait as there are processes, so that memory does not
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import signal
@@ -24,7 +25,7 @@ from medaug.intake import burned_in, duplicates, volumes
 from medaug.intake.join import Joiner
 from medaug.intake.records import IntakeOptions, Item, Record, quarantine_name
 from medaug.intake.scan import Scan, read_pictures
-from medaug.io import raster
+from medaug.io import dicom, raster
 from medaug.io.picture import Picture
 from medaug.transforms import prepare
 
@@ -39,10 +40,17 @@ class Quarantine:
     """What is left out, and why."""
 
     rows: list[dict[str, str]] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict, repr=False)  # what a row calls a file -> its path; never published
 
-    def add(self, file: str, code: str, reason: str) -> None:
-        """One row; `file` must be a public name."""
+    def add(self, file: str, code: str, reason: str, place: str = "") -> None:
+        """One row; `file` must be a public name, `place` is the path inside the source, for the mapping table."""
         self.rows.append({"file": file, "code": code, "reason": reason})
+        if place:
+            self.places[file] = place
+
+    def leave_out(self, record: Record, code: str, reason: str) -> None:
+        """One row for a record."""
+        self.add(record.quarantine_name, code, reason, record.item.relative)
 
     def by_code(self) -> dict[str, int]:
         """Rows per code, sorted by code."""
@@ -124,11 +132,19 @@ class Reader:
             for number, (picture, split, label) in enumerate(read_pictures(item, self.options.strict)):
                 self._take(done, index, item, number, picture, split, label)
         except DataError as error:
-            known = [row.patient for row in self.joiner.table_rows(index, {})]  # the table may tell that the name is a patient's
-            done.quarantine.add(quarantine_name(item, known), error.code, error.message)
+            done.quarantine.add(quarantine_name(item, self._secrets(index, item)), error.code, error.message, item.relative)
         except MemoryError:
-            done.quarantine.add(quarantine_name(item), "image-too-large", "The image does not fit into the memory that is left.")
+            reason = "The image does not fit into the memory that is left."
+            done.quarantine.add(quarantine_name(item, self._secrets(index, item)), "image-too-large", reason, item.relative)
         return done
+
+    def _secrets(self, index: int, item: Item) -> list[str]:
+        """What table and header know of the patient of a file whose pixels cannot be read."""
+        known = [row.patient for row in self.joiner.table_rows(index, {})]
+        if item.kind == "dicom":
+            with contextlib.suppress(DataError):
+                known += dicom.read_header(item.path).secrets
+        return known
 
     def _take(
         self, done: Done, index: int, item: Item, number: int, picture: Picture, split: str | None, label: str | None
@@ -167,13 +183,13 @@ class Reader:
                     small = burned_in.thumbnail(plane, found.boxes) if found.boxes else None
                     name, place = record.quarantine_name, (record.source, "")
                     done.suspects.append(Suspect(place, name, found.reasons, len(found.boxes), "quarantine", small))
-                    done.quarantine.add(name, "burned-in-text", burned_in.explain(found, "quarantine"))
+                    done.quarantine.add(name, "burned-in-text", burned_in.explain(found, "quarantine"), item.relative)
                     return
             record.burned_in = "not found"
         try:
             unit, record.intensity = prepare.to_unit(picture, self.options.window)
         except DataError as error:
-            done.quarantine.add(record.quarantine_name, error.code, error.message)
+            done.quarantine.leave_out(record, error.code, error.message)
             return
         record.acquisition["original_size"] = list(unit.shape)
         if record.burned_in:
@@ -203,7 +219,7 @@ class Reader:
         small = burned_in.thumbnail(picture.pixels, found.boxes) if found.boxes else None
         done.suspects.append(Suspect((record.source, record.position), name, found.reasons, len(found.boxes), action, small))
         if action == "quarantine":
-            done.quarantine.add(name, "burned-in-text", burned_in.explain(found, self.options.burned_in))
+            done.quarantine.add(name, "burned-in-text", burned_in.explain(found, self.options.burned_in), item.relative)
             return None
         record.burned_in = "masked" if action == "mask" else "kept"
         if action == "keep":
@@ -235,6 +251,7 @@ def read_records(
     for done in _all_done(found.items, options, joiner, folder):
         joiner.add_seen(done.used, done.restored)
         quarantine.rows.extend(done.quarantine.rows)
+        quarantine.places |= done.quarantine.places
         suspects.searched += done.searched
         for suspect in done.suspects:
             suspects.add(suspect)
@@ -300,6 +317,7 @@ def _one_by_one(
                 quarantine_name(items[index]),
                 "reader-crashed",
                 "The process that read this file died; the file may be an attack.",
+                items[index].relative,
             )
             yield done
 
@@ -335,7 +353,7 @@ def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantin
     reason = "Neither a folder, a list nor the label table gives this image a label."
     if ambiguous:
         reason = "The label table names a file that fits several images; write the path with its folders."
-    quarantine.add(record.quarantine_name, "image-without-label", reason)
+    quarantine.leave_out(record, "image-without-label", reason)
 
 
 def _prepare(record: Record, picture: Picture, options: IntakeOptions, quarantine: Quarantine) -> bool:
@@ -344,7 +362,7 @@ def _prepare(record: Record, picture: Picture, options: IntakeOptions, quarantin
         unit, record.intensity = prepare.to_unit(picture, options.window)
         unit, geometry = prepare.square(unit, options.image_size)
     except DataError as error:
-        quarantine.add(record.quarantine_name, error.code, error.message)
+        quarantine.leave_out(record, error.code, error.message)
         return False
     record.acquisition["original_size"] = geometry["original_size"]
     record.acquisition["padding"] = geometry["padding"]

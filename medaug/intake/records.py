@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,33 +12,30 @@ import numpy as np
 from medaug import storage
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError
+from medaug.intake.identity import PLACEHOLDER_IDS, PLAIN_DICOM_NAME, known_patient, may_write_name, normal_id, reveals
 from medaug.intake.pseudonyms import check_outside, key_path
+
+__all__ = [
+    "PLACEHOLDER_IDS",
+    "PLAIN_DICOM_NAME",
+    "IntakeOptions",
+    "IntakeResult",
+    "Item",
+    "Record",
+    "known_patient",
+    "normal_id",
+    "partial_folder",
+    "public_name",
+    "quarantine_name",
+    "reveals",
+    "sha_of",
+]
 
 KEYS = ("file", "sop", "series", "study", "patient", "accession")
 SLICES = ("every", "table", "lesion")
 CONFLICTS = ("quarantine", "majority", "senior", "mean")
 BURNED_IN = ("quarantine", "keep", "mask")
 MAX_IMAGE_SIZE = 2048
-PLAIN_DICOM_NAME = re.compile(r"(?:im|img|image|i|mr|ct|cr|dx|sl|slice|file)[-_]?\d{1,6}(?:\.(?:dcm|ima))?", re.IGNORECASE)
-PLACEHOLDER_IDS = frozenset(
-    {
-        "",
-        "0",
-        "anon",
-        "anonym",
-        "anonymous",
-        "anonymized",
-        "anonymised",
-        "unknown",
-        "none",
-        "nan",
-        "na",
-        "n/a",
-        "null",
-        "x",
-        "xxx",
-    }
-)
 
 
 @dataclass
@@ -74,6 +70,8 @@ class IntakeOptions:
         pseudonym_key: file of the key that makes pseudonyms; None takes the one of the user's configuration folder.
         mapping: file to write the table pseudonym -> original identifier into; None writes none.
         keep_dicom: folder for de-identified copies of the accepted DICOM files; None writes none.
+        keep_names: write the names of image files that are not DICOM, because they hold no identity; without it only
+            names that merely count are written, see `identity.may_write_name`.
         workers: processes that read images; 0 or 1 reads in this one.
     """
 
@@ -107,6 +105,7 @@ class IntakeOptions:
     pseudonym_key: Path | None = None
     mapping: Path | None = None
     keep_dicom: Path | None = None
+    keep_names: bool = False
     workers: int = 0
 
     def config(self) -> dict[str, Any]:
@@ -135,7 +134,8 @@ class IntakeOptions:
         labels = None if self.labels is None else Path(self.labels)
         keep = None if self.keep_dicom is None else self._outside(Path(self.keep_dicom), source, out)
         # What may be handed on must not hold the key or the mapping.
-        public = [source if source.is_dir() else source.parent, out, *([keep] if keep else [])]
+        written = [out, *([keep] if keep else [])]
+        public = [source if source.is_dir() else source.parent, *written, *map(partial_folder, written)]
         key = check_outside(key_path(self.pseudonym_key), public, "pseudonym key")
         mapping = None if self.mapping is None else check_outside(self.mapping, public, "mapping table")
         changed = {"source": source, "out": out, "labels": labels, "pseudonym_key": key, "mapping": mapping, "keep_dicom": keep}
@@ -164,7 +164,7 @@ class IntakeOptions:
     def _outside(self, keep: Path, source: Path, out: Path) -> Path:
         """The folder for DICOM copies, apart from source and cohort."""
         keep, folder = keep.resolve(), (source if source.is_dir() else source.parent).resolve()
-        if any(keep.is_relative_to(other) or other.is_relative_to(keep) for other in (folder, out)):
+        if any(keep.is_relative_to(other) or other.is_relative_to(keep) for other in (folder, out, partial_folder(out))):
             raise ConfigError("keep-dicom-inside", "--keep-dicom must be a folder apart from the source and the output.")
         return keep
 
@@ -184,6 +184,7 @@ class Item:
     slice_index: int | None = None  # 0-based place in the sorted series
     slices: tuple[int, ...] | None = None  # chosen 0-based slices or frames of this file; None takes all
     members: tuple[tuple[str, Path], ...] = ()  # of a volume: relative path and path of all its files
+    keep_name: bool = False  # the user says that file names hold no identity
 
 
 @dataclass
@@ -261,43 +262,19 @@ class IntakeResult:
     reused: bool = False
 
 
-def normal_id(value: str) -> str:
-    """An identifier for comparison: no outer blanks, one case, no leading zeros that a spreadsheet may have dropped."""
-    text = " ".join(value.replace("\0", " ").split()).casefold()
-    text = text[:-2] if re.fullmatch(r"\d+\.0", text) else text
-    return (text.lstrip("0") or "0") if text.isdigit() else text
-
-
-def known_patient(value: str) -> str:
-    """`normal_id`, empty for blank identifiers and for placeholders that many patients share."""
-    text = normal_id(value)
-    return "" if text in PLACEHOLDER_IDS else text
+def partial_folder(out: Path) -> Path:
+    """Where a folder is built before it gets its name."""
+    return out.parent / f".{out.name}.partial"
 
 
 def public_name(item: Item, secrets: Sequence[str]) -> str:
     """The base name of an item, or "" where it may hold an identifier of its patient.
 
-    DICOM files are often named after the patient: only counting names (IM0001) pass; UIDs lead
-    back to the patient. For other files a name
-    passes unless it holds one of the `secrets`: the patient's identifier, name, accession number.
+    Files are often named after the patient: only names that merely count pass (IM0001), or with `keep_names` every name
+    of a file that is not DICOM. None passes that holds one of the `secrets`: the patient's identifier, name, dates ...
     """
-    base = item.path.name
-    if not base.isprintable():  # bytes that are no UTF-8, newlines, control characters
-        return ""
-    if item.kind == "dicom" and not PLAIN_DICOM_NAME.fullmatch(base):
-        return ""
-    return "" if any(reveals(base, secret) for secret in (item.patient, *secrets)) else base
-
-
-def reveals(name: str, secret: str) -> bool:
-    """True if the name holds the identifier, or for one in parts (a person's name) any part of 3 letters or more."""
-    wanted = known_patient(secret)
-    if not wanted:
-        return False
-    tokens = {normal_id(token) for token in re.split(r"[^0-9A-Za-z\u0080-\uffff]+", name)}
-    whole = [wanted] if len(wanted) >= 3 else []
-    parts = [part for part in re.split(r"[\s^=_.,-]+", wanted) if len(part) >= 3]
-    return wanted in tokens or any(part in name.casefold() for part in whole + parts)
+    allowed = may_write_name(item.path, item.kind, (item.patient, *secrets), keep=item.keep_name)
+    return item.path.name if allowed else ""
 
 
 def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from medaug import storage
 from medaug.errors import DataError
-from medaug.intake.records import IntakeOptions, Item, quarantine_name, sha_of
+from medaug.intake.records import IntakeOptions, Item, partial_folder, quarantine_name, sha_of
 from medaug.io import dicom, nifti, npz, raster
 from medaug.io.dicomdir import is_dicomdir, read_dicomdir
 from medaug.io.picture import Picture
@@ -65,6 +65,7 @@ class Scan:
         has_splits: the source itself says which split every image is in.
         ignored: files that were skipped, counted by why.
         quarantine: rows for files that should be images and cannot be.
+        places: what the quarantine calls such a file -> its path inside the source; for the mapping table only.
         class_names: names for integer labels, where the source has a table of them.
     """
 
@@ -74,6 +75,13 @@ class Scan:
     ignored: Counter[str] = field(default_factory=Counter)
     quarantine: list[dict[str, str]] = field(default_factory=list)
     class_names: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def leave_out(self, item: Item, code: str, reason: str) -> None:
+        """One row of the quarantine."""
+        name = quarantine_name(item)
+        self.places[name] = item.relative
+        self.quarantine.append({"file": name, "code": code, "reason": reason})
 
 
 def scan(options: IntakeOptions) -> Scan:
@@ -91,9 +99,9 @@ def scan(options: IntakeOptions) -> Scan:
     if source.suffix.lower() == ".json":
         return _scan_datalist(options)
     if source.suffix.lower() == ".npz":
-        return Scan([Item(source.name, source, "npz")], "npz", has_splits=True)
+        return Scan([Item(source.name, source, "npz", keep_name=options.keep_names)], "npz", has_splits=True)
     if is_dicomdir(source):
-        return _scan_dicomdir(source)
+        return _scan_dicomdir(source, options)
     raise DataError(
         "source-unknown",
         f"The source must be a folder, a DICOMDIR, a MedMNIST .npz or a datalist .json; got a {source.suffix or 'plain'} file.",
@@ -137,35 +145,30 @@ def _scan_folder(options: IntakeOptions) -> Scan:
         relative = path.relative_to(root).as_posix()
         kind = kind_of(path)
         if kind:
-            found.items.append(Item(relative, path, kind))
+            found.items.append(Item(relative, path, kind, keep_name=options.keep_names))
         elif path.name.lower().endswith(SIDE_FILES):
             found.ignored["side-file"] += 1
         else:
-            name = quarantine_name(Item(relative, path, "dicom"))
-            found.quarantine.append(
-                {"file": name, "code": "not-an-image", "reason": "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."}
-            )
+            reason = "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."
+            found.leave_out(Item(relative, path, "dicom"), "not-an-image", reason)
     found.items.sort(key=lambda item: item.relative)
     if len(found.items) == 1 and found.items[0].kind == "npz":
-        return Scan(found.items, "npz", True, found.ignored, found.quarantine)
+        return Scan(found.items, "npz", True, found.ignored, found.quarantine, places=found.places)
     _read_folders(found)
     return found
 
 
-def _scan_dicomdir(source: Path) -> Scan:
+def _scan_dicomdir(source: Path, options: IntakeOptions) -> Scan:
     """The files that a DICOMDIR names inside its folder; rows for those that are absent or outside."""
     listing = read_dicomdir(source)
     found = Scan([], "folder")
     root = source.parent.resolve()
     for path in listing.files:
-        kind = kind_of(path)
-        if kind == "dicom":
-            found.items.append(Item(path.relative_to(root).as_posix(), path, kind))
+        item = Item(path.relative_to(root).as_posix(), path, "dicom", keep_name=options.keep_names)
+        if kind_of(path) == "dicom":
+            found.items.append(item)
         else:
-            name = quarantine_name(Item(path.relative_to(root).as_posix(), path, "dicom"))
-            found.quarantine.append(
-                {"file": name, "code": "not-an-image", "reason": "The DICOMDIR names a file that is no DICOM."}
-            )
+            found.leave_out(item, "not-an-image", "The DICOMDIR names a file that is no DICOM.")
     for numbers, code, reason in (
         (listing.absent, "image-missing", "The DICOMDIR names a file that is not there."),
         (listing.outside, "path-outside-source", "The DICOMDIR names a file outside its folder, which is not read."),
@@ -173,11 +176,6 @@ def _scan_dicomdir(source: Path) -> Scan:
         found.quarantine += [{"file": f"DICOMDIR record {number}", "code": code, "reason": reason} for number in numbers]
     found.items.sort(key=lambda item: item.relative)
     return found
-
-
-def partial_folder(out: Path) -> Path:
-    """Where a cohort is built before it gets its name."""
-    return out.parent / f".{out.name}.partial"
 
 
 def _walk(root: Path, skipped: set[Path], ignored: Counter[str]) -> Iterator[Path]:
@@ -217,10 +215,11 @@ def kind_of(path: Path) -> str | None:
             head = stream.read(352)
     except OSError:
         head = b""
-    if head.startswith(RASTER_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
-        return "raster"
+    # First: the preamble may hold anything, and a TIFF header is foreseen there (PS3.10 7.1).
     if head[128:132] == b"DICM":
         return "dicom"
+    if head.startswith(RASTER_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "raster"
     if head[344:348] in (b"n+1\0", b"n+2\0") or head[4:8] == b"n+2\0" or (head[:2] == b"\x1f\x8b" and name.endswith(".nii.gz")):
         return "nifti"
     if head[:4] == b"PK\3\4" and name.endswith(".npz"):
@@ -289,7 +288,8 @@ def _add_entry(found: Scan, root: Path, split: str, entry: Any, options: IntakeO
         )
         return
     path = Path(root, image)
-    item = Item("", path, "raster", _scalar(fields.get(options.label_column or "label")), split)
+    item = Item(image, path, "raster", _scalar(fields.get(options.label_column or "label")), split)
+    item.keep_name = options.keep_names
     item.group = _scalar(fields.get(options.group_column or "group")) or ""
     names = (options.patient_column,) if options.patient_column else PATIENT_FIELDS
     item.patient = next((value for name in names if (value := _scalar(fields.get(name)))), "")
@@ -301,7 +301,7 @@ def _add_entry(found: Scan, root: Path, split: str, entry: Any, options: IntakeO
     elif (kind := kind_of(path)) in (None, "npz"):
         code, reason = "not-an-image", "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."
     if code:
-        found.quarantine.append({"file": quarantine_name(item), "code": code, "reason": reason})
+        found.leave_out(item, code, reason)
         return
     item.kind, item.relative = str(kind), path.resolve().relative_to(root).as_posix()
     found.items.append(item)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from medaug import storage
 from medaug.errors import DataError
+from medaug.intake.identity import known_patient, patient_of
 from medaug.intake.records import IntakeOptions, Item, quarantine_name
 from medaug.io import dicom, nifti, stacks, volume
 from medaug.io.dicom_header import DicomHeader
@@ -35,11 +36,13 @@ class Arrangement:
             it that must not be published) and `slice_index`, a file of several slices its chosen `slices`.
         quarantine: rows of file, code, reason for what was left out.
         notes: sentences for the report.
+        places: what the quarantine calls a file -> its path inside the source; for the mapping table only.
     """
 
     items: list[Item]
     quarantine: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -72,6 +75,7 @@ class _Arranger:
         self.left_out: set[int] = set()  # id() of items
         self.rows: list[dict[str, str]] = []
         self.notes: list[str] = []
+        self.places: dict[str, str] = {}
         self.counts: dict[str, int] = defaultdict(int)
 
     def leave_out(self, images: Iterable[_Image], code: str, reason: str) -> None:
@@ -79,7 +83,8 @@ class _Arranger:
             for item in image.items():
                 if id(item) not in self.left_out:
                     self.left_out.add(id(item))
-                    name = quarantine_name(item, (image.header.patient, image.header.accession))
+                    name = quarantine_name(item, image.header.secrets)
+                    self.places[name] = item.relative
                     self.rows.append({"file": name, "code": code, "reason": reason})
 
     def remaining(self, images: Iterable[_Image]) -> list[_Image]:
@@ -92,8 +97,9 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     Left out with a code: `localizer` (ImageType), `geometry-differs` (a few images of another plane or size among the
     slices of a series), `duplicate-instance` (same SOP Instance UID and pixels as another file, which stays),
     `conflicting-instance` (same UID, other pixels: none stays), `duplicate-position` (a second slice at one place that
-    no phase explains). Phases of a 4-D series become volumes of their own. With `options.strict` a series with such
-    duplicates, with several planes (`geometry-mixed`), images without position among slices (`geometry-missing`),
+    no phase explains). Images of several patients in one series are divided by
+    patient. Phases of a 4-D series become volumes of their own. With `options.strict` a series with such
+    duplicates, with several patients (`patients-in-one-series`) or planes (`geometry-mixed`), images without position among slices (`geometry-missing`),
     missing slices (`slice-missing`) or uneven distances (`slice-spacing-uneven`) is left out whole; else the report says
     so. With `options.slices` "lesion" each volume keeps the slice with the largest mask: see `find_mask`.
 
@@ -110,18 +116,40 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     images = _settle_instances(work, images)
     localizers = [image for image in work.remaining(images) if "LOCALIZER" in image.header.image_type]
     work.leave_out(localizers, "localizer", "The image is a localizer: its ImageType says so.")
-    series: dict[tuple[str, str], list[_Image]] = defaultdict(list)
-    for image in work.remaining(images):
-        if image.header.series or image.header.study:
-            series[image.header.study, image.header.series].append(image)
-    volumes = [found for key in sorted(series) for found in _volumes(work, key, series[key])]
+    volumes = [found for uids, members in _series(work, images) for found in _volumes(work, uids, members)]
     for found in volumes:
         _place(found)
     if options.slices == "lesion":
         _take_lesions(work, items, volumes)
     kept = sorted((item for item in items if id(item) not in work.left_out), key=lambda item: (item.relative, item.split or ""))
     work.notes += [f"{count} {text}" for text, count in sorted(work.counts.items())]
-    return Arrangement(kept, work.rows, work.notes)
+    return Arrangement(kept, work.rows, work.notes, work.places)
+
+
+def _series(work: _Arranger, images: Sequence[_Image]) -> list[tuple[tuple[str, ...], list[_Image]]]:
+    """Images by study, series and patient: a UID that two patients share, as copied phantoms do, makes them no volume."""
+    found: dict[tuple[str, str], dict[str, list[_Image]]] = defaultdict(lambda: defaultdict(list))
+    for image in work.remaining(images):
+        header = image.header
+        if header.series or header.study:
+            # A single fact is enough to tell two apart here; none joins what the UIDs do not.
+            patient = (
+                patient_of(header.patient, header.patient_name, header.birth_date) or f"{header.patient_name} {header.birth_date}"
+            )
+            hashed = storage.sha256_json(known_patient(patient)) if known_patient(patient) else ""
+            found[header.study, header.series][hashed].append(image)
+    parted: list[tuple[tuple[str, ...], list[_Image]]] = []
+    for uids, patients in sorted(found.items()):
+        if len(patients) > 1:
+            if work.options.strict:
+                reason = f"{len(patients)} patients share the Study and Series Instance UID of this image."
+                work.leave_out([image for members in patients.values() for image in members], "patients-in-one-series", reason)
+                continue
+            work.counts[
+                "series hold images of several patients (patients-in-one-series); each patient's images are a volume."
+            ] += 1
+        parted += [((*uids, patient), members) for patient, members in sorted(patients.items())]
+    return parted
 
 
 def _read_headers(items: Sequence[Item], options: IntakeOptions) -> list[_Image | None]:
@@ -189,7 +217,7 @@ def _pixels_sha256(path: Path) -> str | None:
     return storage.sha256_json(parts)
 
 
-def _volumes(work: _Arranger, uids: tuple[str, str], images: Sequence[_Image]) -> list[_Volume]:
+def _volumes(work: _Arranger, uids: tuple[str, ...], images: Sequence[_Image]) -> list[_Volume]:
     """The volumes of one series: one per multi-frame file, one per plane geometry and phase."""
     volumes = []
     for image in images:
@@ -227,7 +255,7 @@ def _volumes(work: _Arranger, uids: tuple[str, str], images: Sequence[_Image]) -
     return volumes
 
 
-def _multi_frame(work: _Arranger, uids: tuple[str, str], image: _Image) -> list[_Volume]:
+def _multi_frame(work: _Arranger, uids: tuple[str, ...], image: _Image) -> list[_Volume]:
     header = image.header
     key = storage.sha256_json([*uids, header.sop])
     if header.frame_positions is None or header.orientation is None:

@@ -7,6 +7,7 @@ same pixels or one of them says which package it lacks. pydicom by itself takes 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from pydicom import Dataset
@@ -135,7 +136,7 @@ def decode_frames(dataset: Dataset, frames: int, order: list[int] | None = None)
     at_once = frames > 1 and wanted == list(range(frames)) and plugin != "pylibjpeg"
     arrays = decoder.iter_array(dataset, indices=None if at_once else wanted, decoding_plugin=plugin, correct_unused_bits=False)
     count = 0
-    for array, _ in arrays:
+    while (array := _next(arrays)) is not None:
         if array.shape[:2] != shape:
             raise _other_size(shape)
         count += 1
@@ -143,6 +144,11 @@ def decode_frames(dataset: Dataset, frames: int, order: list[int] | None = None)
         if count == len(wanted):
             return
     raise DataError("image-truncated", f"The header declares {frames} frames, the data hold {count}; copy the file again.")
+
+
+def _next(arrays: Iterator[tuple[np.ndarray, dict[str, Any]]]) -> np.ndarray | None:
+    with limits.silenced():
+        return next(arrays, (None, {}))[0]
 
 
 def _is_plain(dataset: Dataset) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydicom import Dataset
 
+from medaug.errors import DataError
 from medaug.io.dicom_elements import codes, decimals, double, has, items
 
 # Functional group macro -> the elements of it that concern us (PS3.3 C.7.6.16.2, C.8.13, C.8.15)
@@ -43,6 +44,7 @@ PHASE_KEYWORDS = (
     "FrameAcquisitionNumber",
 )
 PHASE_SEPARATOR = "|"
+MAX_POSITION_MM = 1e5  # 100 m; scanners count from their isocentre or table, within a few
 
 
 def is_enhanced(dataset: Dataset) -> bool:
@@ -55,11 +57,19 @@ def frame_views(dataset: Dataset, frames: int) -> list[Dataset]:
 
     Per-frame groups come before shared ones, and those before elements outside of the groups. The data set itself for a
     plain single frame. Without groups the frames of one file have no position of their own.
+
+    Raises:
+        DataError: `frame-groups-missing`: fewer groups than frames, so that nobody knows where the others are.
     """
     if frames == 1 and not is_enhanced(dataset):
         return [dataset]
     common = _without(dataset, _LEFT_OUT)
     shared, per_frame = items(dataset, "SharedFunctionalGroupsSequence"), items(dataset, "PerFrameFunctionalGroupsSequence")
+    if 0 < len(per_frame) < frames:
+        raise DataError(
+            "frame-groups-missing",
+            f"The file declares {frames} frames and has functional groups for {len(per_frame)} (PS3.3 C.7.6.16); export it again.",
+        )
     if frames > 1:
         common = _without(common, {"ImagePositionPatient"})
     if shared:
@@ -104,8 +114,9 @@ def orientation_of(view: Dataset) -> tuple[float, ...] | None:
 
 
 def position_of(view: Dataset) -> tuple[float, ...] | None:
-    """ImagePositionPatient in mm, or None."""
-    return decimals(view, "ImagePositionPatient", 3)
+    """ImagePositionPatient in mm, or None; a place farther than `MAX_POSITION_MM` from the origin is no place."""
+    values = decimals(view, "ImagePositionPatient", 3)
+    return values if values is not None and max(map(abs, values)) <= MAX_POSITION_MM else None
 
 
 def spacing_of(view: Dataset) -> tuple[float, ...] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydicom import Dataset
+from pydicom.multival import MultiValue
 
 from medaug.io import limits
-from medaug.io.dicom_elements import code, codes, double, quiet, text, texts
+from medaug.io.dicom_elements import code, codes, double, items, quiet, text, texts
 from medaug.io.dicom_file import frame_count, open_header
 from medaug.io.dicom_frames import frame_order, frame_views, is_enhanced, orientation_of, phase_of, position_of, spacing_of
 
@@ -19,7 +22,15 @@ IDENTIFIERS = {
     "series": "SeriesInstanceUID",
     "sop": "SOPInstanceUID",
     "accession": "AccessionNumber",
+    "birth_date": "PatientBirthDate",
+    "study_date": "StudyDate",
+    "study_id": "StudyID",
+    "other_names": "OtherPatientNames",
+    "other_patients": "OtherPatientIDs",
 }
+# What leads to a patient and must not show in the name of a file or class; UIDs are no names.
+SECRET = ("patient", "patient_name", "accession", "birth_date", "study_date", "study_id", "other_names", "other_patients")
+SEPARATOR = "\\"  # between the values of one element (PS3.5 6.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +42,8 @@ class DicomHeader:
     Attributes:
         sop, series, study, frame_of_reference, sop_class: UIDs as in the file.
         patient, accession: as in the file.
+        patient_name, birth_date: as in the file.
+        secrets: all values that lead to the patient, see `secrets_of`.
         frames: number of frames.
         rows, columns: size in pixels.
         orientation: ImageOrientationPatient, two unit vectors; of the first frame of a multi-frame file.
@@ -49,6 +62,9 @@ class DicomHeader:
     study: str = ""
     patient: str = ""
     accession: str = ""
+    patient_name: str = field(default="", repr=False)
+    birth_date: str = field(default="", repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
     frames: int = 1
     rows: int = 0
     columns: int = 0
@@ -95,6 +111,9 @@ def _header(dataset: Dataset) -> DicomHeader:
         study=text(dataset, "StudyInstanceUID"),
         patient=identifier(dataset, "PatientID"),
         accession=identifier(dataset, "AccessionNumber"),
+        patient_name=identifier(dataset, "PatientName"),
+        birth_date=identifier(dataset, "PatientBirthDate"),
+        secrets=secrets_of(identifiers_of(dataset)),
         frames=frames,
         rows=int(rows),
         columns=int(columns),
@@ -115,12 +134,22 @@ def _header(dataset: Dataset) -> DicomHeader:
 def identifier(dataset: Dataset, keyword: str) -> str:
     """An identifying element as text, "" if absent; undecoded where its character set is broken."""
     try:
-        return str(dataset.get(keyword) or "").strip(" \0")
+        value = dataset.get(keyword)
+        parts: list[Any] = list(value) if isinstance(value, (list, MultiValue)) else [value or ""]
+        return SEPARATOR.join(str(part).strip(" \0") for part in parts)
     except (ValueError, LookupError, TypeError, AttributeError):  # a broken character set
-        return "\\".join(texts(dataset, keyword))
+        return SEPARATOR.join(texts(dataset, keyword))
 
 
 def identifiers_of(dataset: Dataset) -> dict[str, str]:
-    """patient, patient_name, study, series, sop and accession, as far as the file gives them."""
+    """The elements of `IDENTIFIERS`, as far as the file gives them; several values are joined with `SEPARATOR`."""
     found = {name: identifier(dataset, keyword) for name, keyword in IDENTIFIERS.items()}
+    others = [found["other_patients"], *(identifier(item, "PatientID") for item in items(dataset, "OtherPatientIDsSequence"))]
+    found["other_patients"] = SEPARATOR.join(value for value in others if value)
     return {name: value for name, value in found.items() if value}
+
+
+def secrets_of(identifiers: Mapping[str, str]) -> tuple[str, ...]:
+    """Every single value among `identifiers` that leads to the patient."""
+    values = (part for name in SECRET for part in identifiers.get(name, "").split(SEPARATOR))
+    return tuple(dict.fromkeys(value for part in values if (value := part.strip())))

@@ -5,9 +5,11 @@ Messages name no file: a file name can hold a patient's name. The caller knows w
 
 from __future__ import annotations
 
+import os
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -71,6 +73,40 @@ def check_finite(pixels: np.ndarray) -> None:
     """
     if not np.isfinite(pixels).all():
         raise DataError("image-not-finite", "The image holds NaN or infinite values; replace them with a real intensity first.")
+
+
+_silencing = threading.Lock()
+_silenced = 0
+_real_stderr = -1
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep what C libraries write to the standard error (file descriptor 2) from it: they quote the bytes of the file.
+
+    The descriptor belongs to the whole process, so the last thread that leaves restores it.
+    """
+    _silence(1)
+    try:
+        yield
+    finally:
+        _silence(-1)
+
+
+def _silence(step: int) -> None:
+    global _silenced, _real_stderr  # of the process, like the descriptor
+    with _silencing, suppress(OSError):  # closed, or no descriptors left: then it stays as it is
+        if step > 0 and _silenced == 0:
+            _real_stderr = os.dup(2)
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 2)
+            os.close(nothing)
+        elif step < 0 and _silenced == 1 and _real_stderr >= 0:
+            os.dup2(_real_stderr, 2)
+            os.close(_real_stderr)
+            _real_stderr = -1
+    with _silencing:
+        _silenced += step
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def read_raster(path: Path) -> Picture:
 def _decode(path: Path) -> tuple[np.ndarray, str]:
     """(H, W) of any number type or (H, W, 3) uint8, upright, and the format's name."""
     # Pillow warns above its own pixel cap; ours is lower and comes first.
-    with limits.decoding("raster"), warnings.catch_warnings():
+    with limits.decoding("raster"), limits.silenced(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _open(path) as image:
             limits.check_shape((image.height, image.width, len(image.getbands())))

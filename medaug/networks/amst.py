@@ -8,7 +8,7 @@ with drop-out, and label images: where all agree under drop-out, the label is tr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from medaug.networks.weights import read_metadata, read_tensors
 
 FOUR_HEADS = ("weak", "weak", "strong", "strong")
 ONE_HEAD = ("weak",)
+_NETWORK, _HEADS = "network.", "heads."  # the parts of a file that holds both
 
 __all__ = [
     "FOUR_HEADS",
     "ONE_HEAD",
     "AuxiliaryHeads",
     "feature_dimension",
+    "fit_metadata",
     "load_backbone",
     "main_head",
     "mc_probabilities",
@@ -142,10 +144,11 @@ def main_head(network: nn.Module) -> nn.Module:
     return layer
 
 
-def load_backbone(path: Path, network: nn.Module, *, replace_head: bool = False) -> tuple[str, ...]:
+def load_backbone(path: Path, network: nn.Module, *, replace_head: bool = False) -> tuple[str, ...] | None:
     """Start `network` from a local safetensors checkpoint, medaug's own or timm's.
 
-    A first convolution for three channels is summed over them for grey images, as timm does.
+    A first convolution for three channels is summed over them for grey images, as timm does. Of a file that holds a network
+    beside its auxiliary heads, the network is taken.
 
     Args:
         path: the file.
@@ -153,13 +156,16 @@ def load_backbone(path: Path, network: nn.Module, *, replace_head: bool = False)
         replace_head: leave the last layer as it is, for a checkpoint of other classes.
 
     Returns:
-        The groups that the checkpoint was fitted on, as far as it says so (metadata ``fit_groups``); else none.
+        The groups that the checkpoint was fitted on (metadata ``fit_groups``, see `fit_metadata`); None if it does not say, which
+        is not "no group": see `medaug.training.teacher.check_origin`.
 
     Raises:
         ConfigError: `weights-classes` for a checkpoint of another class count, `weights-mismatch` for another
             architecture; unreadable or pickled files, see `medaug.networks.weights`.
     """
     metadata, tensors = read_metadata(path), read_tensors(path)
+    if any(key.startswith(_HEADS) for key in tensors):
+        tensors = {key.removeprefix(_NETWORK): value for key, value in tensors.items() if not key.startswith(_HEADS)}
     own, name = network.state_dict(), Path(path).name
     head = {id(parameter) for parameter in main_head(network).parameters()}
     last = {key for key, parameter in network.named_parameters() if id(parameter) in head}
@@ -187,7 +193,12 @@ def load_backbone(path: Path, network: nn.Module, *, replace_head: bool = False)
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ConfigError("weights-mismatch", f"{name} was made for another network: {'; '.join(faults[:3])}{more}.")
     network.load_state_dict({key: tensors[key] for key in wanted_keys}, strict=False)
-    return _groups(metadata.get("fit_groups", "[]"), name)
+    return _groups(metadata["fit_groups"], name) if "fit_groups" in metadata else None
+
+
+def fit_metadata(groups: Iterable[str]) -> dict[str, str]:
+    """Metadata entry of a weights file that says which groups (pseudonymous names) its network was fitted on, sorted."""
+    return {"fit_groups": json.dumps(sorted(set(groups)))}
 
 
 def _groups(text: str, name: str) -> tuple[str, ...]:

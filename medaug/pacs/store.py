@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from medaug import storage
+from medaug.errors import StorageError
 from medaug.io.limits import MAX_FILE_BYTES
 
 RECEIVED, ALREADY, CONFLICT = "received", "already", "conflict"
@@ -79,6 +80,20 @@ class Incoming:
             self.discard()
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """`storage.locked`; a folder that cannot be made is said with the way out."""
+    entered = False
+    try:
+        with storage.locked(folder):
+            entered = True
+            yield
+    except StorageError as error:
+        if entered or error.code != "storage-failed":
+            raise
+        raise StorageError("not-writable", "The output folder cannot be made there; choose another --out.") from error
+
+
 class Store:
     """The folder, held by this process until `close`.
 
@@ -105,7 +120,7 @@ class Store:
         Raises:
             StorageError: `folder-in-use`, `not-writable`, `disk-full`.
         """
-        with storage.locked(folder):
+        with _locked(folder):
             store = cls(folder)
             with storage.storage_errors("the output folder"):
                 store.state.mkdir(mode=0o700, exist_ok=True)

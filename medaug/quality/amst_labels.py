@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from medaug import storage
-from medaug.cohort import Case, Cohort, check_fit, fit_sha256
+from medaug.cohort import Case, Cohort, fit_sha256
 from medaug.errors import ConfigError, DataError
-from medaug.networks.amst import AuxiliaryHeads, load_backbone
+from medaug.networks.amst import AuxiliaryHeads, fit_metadata, load_backbone
 from medaug.networks.grading import build_network
 from medaug.networks.weights import load_weights, save_weights
 from medaug.quality.images import image_batches
@@ -32,6 +32,7 @@ from medaug.training.amst_stages import pretrain
 from medaug.training.classifier import ClassifierRecipe, LabelledImages, confusion_counts, seeded
 from medaug.training.data import CaseImages
 from medaug.training.pseudo_labels import BATCH_SIZE, HeadScores, PseudoLabels, accept, label_report, score_batches
+from medaug.training.teacher import check_origin
 
 FORMAT = 1
 NO_CONSENSUS, UNCERTAIN = "heads-disagree", "uncertainty-high"
@@ -50,7 +51,8 @@ class AmstLabels:
         classes: names in class order.
         amst: thresholds and passes.
         key: of the drop-out, beside the case's id.
-        fit_groups: sorted groups they were fitted on, those of a checkpoint they started from included.
+        fit_groups: sorted groups they were fitted on; a checkpoint they started from adds none, unless only the user's word
+            speaks for it: then `facts` and every lineage say so (``weights_trusted``).
         facts: what ``amst.json`` says.
         report: of the last `verdicts`: acceptance rate, pseudo-label against seed label, histogram of the uncertainty.
     """
@@ -97,6 +99,8 @@ class AmstLabels:
             "confidence": round(float(found.probs[index, label]), 6),
             "uncertainty": round(uncertainty, 8),
         }
+        if self.facts.get("weights_trusted"):
+            lineage["weights_trusted"] = True
         return SourceVerdict(label, tuple(reasons), lineage, relabel=True)
 
 
@@ -116,6 +120,7 @@ def train_amst_labels(
     seed: int = 0,
     weights: Path | None = None,
     replace_head: bool = False,
+    weights_trusted: bool = False,
     device: str | torch.device = "cpu",
 ) -> AmstLabels:
     """Train the heads on the real training split (stage 1), or read the same ones from `folder`.
@@ -130,9 +135,11 @@ def train_amst_labels(
         network: of `build_network`.
         weights: safetensors checkpoint that the backbone starts from.
         replace_head: see `load_backbone`.
+        weights_trusted: the user vouches for a checkpoint that does not say what it was fitted on, or names other groups than this
+            cohort's; see `check_origin`.
 
     Raises:
-        LeakageError: the checkpoint says that it was fitted on a validation or test group.
+        LeakageError: the checkpoint was fitted on a validation or test group, or nothing shows that it was not.
         DataError: a class without a real training image.  ConfigError: a checkpoint that does not fit, wrong settings.
     """
     recipe, amst = recipe or default_recipe(), amst or AmstRecipe()
@@ -144,15 +151,19 @@ def train_amst_labels(
     key = storage.sha256_json([FORMAT, cohort.content_sha256, list(cohort.classes), settings, started, replace_head])
     with seeded(key, "init"):
         module = build_network(network, len(cohort.classes), cohort.channels, cohort.image_size)
-    groups = () if weights is None else load_backbone(weights, module, replace_head=replace_head)
-    check_fit({fit_sha256(groups): groups}, cohort.groups("validation") | cohort.groups("test"))
+    on_trust = False
+    if weights is not None:
+        groups = load_backbone(weights, module, replace_head=replace_head)
+        on_trust = check_origin(groups, cohort, Path(weights).name, weights_trusted)
     heads = make_heads(module, amst, len(cohort.classes), cohort.channels, cohort.image_size, (key,))
     both = nn.ModuleDict({"network": module, "heads": heads})
     home = Path(folder) / f"amst-{key[:16]}"
     facts = _read(home, key, both)
     if facts is None:
-        facts = {"key": key, **settings, **_fit(module, heads, cohort, recipe, amst, key, groups, device)}
+        facts = {"key": key, **settings, **_fit(module, heads, cohort, recipe, amst, key, device)}
+        facts["weights_trusted"] = on_trust
         metadata = {"num_classes": str(len(cohort.classes)), "network": network, "key": key}
+        metadata |= {} if on_trust else fit_metadata(facts["fit_groups"])  # what began unknown stays so
         facts["weights_sha256"] = save_weights(home / "amst.safetensors", both, metadata)
         storage.write_json(home / "amst.json", facts)
     made = AmstLabels(module.eval(), heads.eval(), cohort.classes, amst, key, tuple(facts["fit_groups"]), facts)
@@ -183,7 +194,6 @@ def _fit(
     recipe: ClassifierRecipe,
     amst: AmstRecipe,
     key: str,
-    groups: Sequence[str],
     device: str | torch.device,
 ) -> dict[str, Any]:
     training = real_training(cohort)
@@ -191,7 +201,7 @@ def _fit(
     losses = pretrain(module, heads, images, recipe, amst, recipe.num_steps, key=(key, "fit"), device=device)
     module.to("cpu")
     heads.to("cpu")
-    fitted = sorted({case.group for case in training} | set(groups))
+    fitted = sorted({case.group for case in training})
     return {
         "format": FORMAT,
         "classes": list(cohort.classes),
@@ -228,4 +238,4 @@ def _measure(made: AmstLabels, cohort: Cohort) -> dict[str, Any] | None:
 
 def facts_for_report(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What ``gate.json`` repeats of AMST beside the common facts."""
-    return {key: facts[key] for key in ("source", "amst", "report") if key in facts}
+    return {key: facts[key] for key in ("source", "amst", "report", "weights_trusted") if key in facts}

@@ -101,7 +101,7 @@ class GateContext:
         copies: filled by the copies check.
         label: the source of labels, a name in `LABEL_SOURCES`.
         amst: settings of the source "amst".
-        weights, replace_head: checkpoint that its backbone starts from.
+        weights, replace_head, weights_trusted: checkpoint that its backbone starts from, and the user's word for it.
     """
 
     cohort: Cohort
@@ -117,6 +117,7 @@ class GateContext:
     amst: AmstRecipe | None = None
     weights: Path | None = None
     replace_head: bool = False
+    weights_trusted: bool = False
 
     @cached_property
     def label_filter(self) -> LabelSource:
@@ -159,6 +160,7 @@ def _amst(context: GateContext) -> AmstLabels:
         seed=context.seed,
         weights=context.weights,
         replace_head=context.replace_head,
+        weights_trusted=context.weights_trusted,
     )
 
 

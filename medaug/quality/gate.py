@@ -65,6 +65,7 @@ def run_gate(
     amst: AmstRecipe | None = None,
     weights: Path | None = None,
     replace_head: bool = False,
+    weights_trusted: bool = False,
     filter_dir: Path | None = None,
     allow_short: bool = False,
     tracking: Run | None = None,
@@ -84,13 +85,14 @@ def run_gate(
             the label it carries; images without a trusted label, but nothing else against them, go to ``out/unlabelled``.
         amst: thresholds and training of the heads; `threshold` and `calibrate` then mean nothing.
         weights, replace_head: safetensors checkpoint that AMST's backbone starts from, see `load_backbone`.
+        weights_trusted: the user's word for a checkpoint that does not say what it was fitted on, see `check_origin`.
         filter_dir: cache of trained filters; None takes ``out/filter``.
         allow_short: accept a missed quota.
         tracking: a run that takes the tables and sheets.
         progress: called as ``progress(description, total)``, like `medaug.progress.progress`.
 
     Raises:
-        LeakageError: generator or filter saw a validation or test group, or nothing shows what it saw.
+        LeakageError: generator, filter or `weights` saw a validation or test group, or nothing shows what they saw.
         DataError: `quota-missed` or `nothing-accepted`, after the report is written; no synthetic cases; cohorts that differ.
         ConfigError: unknown check or class, threshold outside [0, 1].
     """
@@ -104,6 +106,7 @@ def run_gate(
     context = GateContext(
         real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate,
         label=_check_label(label, weights), amst=amst, weights=weights, replace_head=replace_head,
+        weights_trusted=weights_trusted,
     )  # fmt: skip
     with storage.locked(out):
         verdicts = cut_to_quota(_judge(context, names, progress), wanted)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from medaug import storage
 from medaug.cohort import Case, Cohort, fit_sha256
 from medaug.errors import ConfigError, DataError
+from medaug.networks.amst import fit_metadata
 from medaug.networks.grading import build_network
 from medaug.networks.weights import load_weights, save_weights
 from medaug.quality.images import image_batches
@@ -228,7 +229,7 @@ def train_filter(
     cached = facts is not None
     if facts is None:
         facts = {"key": key, **settings, **_fit(module, cohort, recipe, key, device, on_eval)}
-        metadata = {"num_classes": str(len(cohort.classes)), "network": network, "key": key}
+        metadata = {"num_classes": str(len(cohort.classes)), "network": network, "key": key} | fit_metadata(facts["fit_groups"])
         facts["weights_sha256"] = save_weights(home / "filter.safetensors", module, metadata)
         storage.write_json(home / "filter.json", facts)
     if report_test and cohort.test and "test" not in facts:

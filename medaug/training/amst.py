@@ -7,10 +7,10 @@ comes out is the plain network: the auxiliary heads are thrown away. Draws are k
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,66 +18,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from medaug import storage
-from medaug.cohort import Cohort, check_fit, fit_sha256
 from medaug.errors import ConfigError, DataError
-from medaug.networks.amst import AuxiliaryHeads, feature_dimension, load_backbone, main_head
-from medaug.networks.grading import build_network
+from medaug.networks.amst import AuxiliaryHeads, feature_dimension, main_head
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.amst_stages import Joined, MainStep, pretrain, refresh
 from medaug.training.classifier import (
+    BestKeeper,
     ClassifierRecipe,
     FitResult,
     LabelledImages,
-    _batches,
-    _class_weights,
-    _in_memory,
-    _Keeper,
+    in_memory,
     seeded,
 )
 from medaug.training.pseudo_labels import BATCH_SIZE, PseudoLabels, accept, label_report, score_batches
+from medaug.training.steps import batch_indices, class_weights
+from medaug.training.teacher import Teacher
 
 Key = tuple[Hashable, ...]
 Images = Dataset[dict[str, Any]]
+INERT = 0.99  # a mean weight above this share of the largest tells no image from another
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["AmstResult", "Teacher", "fit_amst", "make_heads", "stage_steps", "teacher_from_checkpoint"]
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Any classifier in the place of the auxiliary heads.
-
-    Attributes:
-        predict: images (B, C, H, W) in [-1, 1] -> class probabilities (B, K).
-        fit_groups: groups of the cohort it was trained on; none for one trained elsewhere.
-        sha256: what it is, for content addressing.
-    """
-
-    predict: Callable[[Tensor], Tensor]
-    fit_groups: tuple[str, ...] = ()
-    sha256: str = ""
-
-
-def teacher_from_checkpoint(path: Path, network: str, cohort: Cohort) -> Teacher:
-    """A teacher from a classifier's safetensors file.
-
-    Raises:
-        LeakageError: it says that it was fitted on a validation or test group.
-        ConfigError: other classes, another network, unreadable.
-    """
-    with seeded("teacher"):
-        module = build_network(network, len(cohort.classes), cohort.channels, cohort.image_size)
-    groups = load_backbone(path, module)
-    check_fit({fit_sha256(groups): groups}, cohort.groups("validation") | cohort.groups("test"))
-    module.eval()
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        return torch.softmax(module.to(images.device)(images), dim=1)
-
-    return Teacher(predict, groups, storage.sha256_file(Path(path)))
+__all__ = ["AmstResult", "fit_amst", "make_heads", "stage_steps"]
 
 
 @dataclass(frozen=True)
@@ -86,19 +49,26 @@ class AmstResult:
 
     Attributes:
         fit: best step and history; steps count on from stage 1, whose steps are the first.
-        rounds: per round: labelled, unlabelled, mean_lambda, and with heads or a teacher the entries of `label_report`.
-        notes: sentences on what was empty, each with its code in front.
+        rounds: per round: labelled, unlabelled, mean_lambda and min_lambda of the consistency (None without), and with heads
+            or a teacher the entries of `label_report`.
+        notes: sentences on what was empty, left out or without effect, each with its code in front.
         labels: of the last round, for the candidates in their order; None without any.
+        repeated: unlabelled images left out because their pixels are those of a real or a synthetic one.
+        image_passes: images that went forward and backward through the backbone, every view counted.
+        forward_passes: images that went forward only: labelled, or judged as the target of the consistency.
     """
 
     fit: FitResult
     rounds: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     labels: PseudoLabels | None = None
+    repeated: int = 0
+    image_passes: int = 0
+    forward_passes: int = 0
 
     def report(self) -> dict[str, Any]:
         """Plain values."""
-        return {"rounds": self.rounds, "notes": self.notes}
+        return {"rounds": self.rounds, "notes": self.notes, "unlabelled_repeated": self.repeated}
 
 
 def make_heads(
@@ -154,7 +124,8 @@ def fit_amst(
         amst: None takes the defaults.
         key: decides order, views and drop-out.
         names: one per candidate, the key of its drop-out in stage 2; None numbers them.
-        unlabelled: further images for the consistency loss; their labels are ignored.
+        unlabelled: further images for the consistency loss; their labels are ignored. Those with the very pixels of a real
+            image or a candidate are left out, so that no image counts twice.
         teacher: needed by labels "teacher".
         device: "cpu", "cuda", "mps".
         on_eval: called with each history entry.
@@ -163,40 +134,61 @@ def fit_amst(
         DataError: a class without a real image.  ConfigError: no teacher, too few steps, a loss that is not finite.
     """
     amst = amst or AmstRecipe()
-    job = _Job(
-        network, _in_memory(real), _in_memory_or_none(candidates), _in_memory_or_none(unlabelled), recipe, amst, key, device
-    )
+    known, given = in_memory(real), _in_memory_or_none(candidates)
+    rest, repeated = _without_repeats(_in_memory_or_none(unlabelled), known, given)
+    job = _Job(network, known, given, rest, recipe, amst, key, device, repeated)
     if amst.labels == "teacher" and teacher is None:
         raise ConfigError("teacher-missing", "Labels from a teacher need a teacher: any classifier, see teacher_from_checkpoint.")
     first, epoch, rounds = stage_steps(recipe, amst, len(job.real))
-    keeper = _Keeper(network, _in_memory_or_none(validation), device, on_eval)
+    keeper = BestKeeper(network, _in_memory_or_none(validation), device, on_eval)
     start = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()} if amst.reinitialise else None
     network.to(device)
     heads = job.heads()
     if amst.needs_heads:
         keeper.losses += pretrain(network, heads, job.real, recipe, amst, first, key=(*key, "stage 1"), device=device)
+        job.image_passes += first * job.viewed
     result, done, before = AmstResult(FitResult(0, None)), 0, first
     optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     for number, steps in enumerate(rounds):
         if number and amst.needs_heads:
             refresh(network, heads, job.real, recipe, amst, epoch, key=(*key, "refresh", number), device=device)
             before += epoch
+            job.forward_passes += epoch * job.viewed
         found = job.label(heads, names, teacher, number)
         if number == 0 and start is not None:
             network.load_state_dict(start)
-        step = job.main_step(found, optimiser, sum(rounds), number)
+        step = job.main_step(found, optimiser, sum(rounds), steps, number)
         for index in range(done, done + steps):
             keeper.losses.append(step(index))
             total = before + index + 1
             if total % recipe.evaluate_every == 0 or index + 1 == sum(rounds):
                 keeper.evaluate(total)
         done += steps
-        result = AmstResult(result.fit, [*result.rounds, job.report(found, step)], job.notes(found), found)
-    return AmstResult(keeper.restore(), result.rounds, result.notes, result.labels)
+        job.image_passes += step.image_passes
+        job.forward_passes += step.forward_passes
+        result = AmstResult(result.fit, [*result.rounds, job.report(found, step)], job.notes(found, step), found)
+    passes = {"image_passes": job.image_passes, "forward_passes": job.forward_passes}
+    return AmstResult(keeper.restore(), result.rounds, result.notes, result.labels, job.repeated, **passes)
 
 
 def _in_memory_or_none(dataset: Images | None) -> LabelledImages | None:
-    return None if dataset is None or len(dataset) == 0 else _in_memory(dataset)  # type: ignore[arg-type]
+    return None if dataset is None or len(dataset) == 0 else in_memory(dataset)  # type: ignore[arg-type]
+
+
+def _without_repeats(unlabelled: LabelledImages | None, *others: LabelledImages | None) -> tuple[LabelledImages | None, int]:
+    """The unlabelled images whose pixels are in none of the other sets, and how many are left out."""
+    if unlabelled is None:
+        return None, 0
+    seen = {digest for images in others if images is not None for digest in _pixel_digests(images)}
+    kept = [index for index, digest in enumerate(_pixel_digests(unlabelled)) if digest not in seen]
+    return (unlabelled.select(kept) if kept else None), len(unlabelled) - len(kept)
+
+
+def _pixel_digests(images: LabelledImages) -> Iterator[bytes]:
+    for start in range(0, len(images), BATCH_SIZE):
+        batch, _ = images.batch(range(start, min(start + BATCH_SIZE, len(images))))
+        for image in batch:
+            yield hashlib.sha256(image.numpy().tobytes()).digest()
 
 
 @dataclass(eq=False)
@@ -211,6 +203,9 @@ class _Job:
     amst: AmstRecipe
     key: Key
     device: str | torch.device
+    repeated: int = 0
+    image_passes: int = 0
+    forward_passes: int = 0
 
     def __post_init__(self) -> None:
         self.num_classes = int(main_head(self.network).out_features)  # type: ignore[arg-type]
@@ -225,6 +220,11 @@ class _Job:
                 "AMST learns every class from real images first, and the training split has none of class "
                 f"{', '.join(map(str, missing))} (numbered from 0); add some or leave the class out.",
             )
+
+    @property
+    def viewed(self) -> int:
+        """Images through the backbone in one step of the auxiliary heads: the batch once per view."""
+        return self.recipe.batch_size * len(set(self.amst.heads))
 
     def heads(self) -> AuxiliaryHeads:
         images, _ = self.real.batch([0])
@@ -241,6 +241,7 @@ class _Job:
             return PseudoLabels(self.seeds, np.zeros(len(self.seeds)), yes, yes, 0.0, probs)
         if self.amst.labels == "teacher" and teacher is not None:
             return self._taught(teacher)
+        self.forward_passes += self.num_candidates
         key = (*self.key, "stage 2", number)
         batches = self._batches(list(range(len(self.seeds))) if names is None else list(names))
         scores = score_batches(self.network, heads, batches, key=key, passes=self.amst.passes, measure=self.amst.uncertainty)
@@ -267,33 +268,49 @@ class _Job:
         agreed, sure = np.ones(len(probs), dtype=bool), probs.max(1) >= self.amst.teacher_confidence
         return PseudoLabels(probs.argmax(1), np.zeros(len(probs)), agreed, sure, 0.0, probs)
 
-    def main_step(self, found: PseudoLabels | None, optimiser: torch.optim.Optimizer, num_steps: int, number: int) -> MainStep:
+    def main_step(
+        self, found: PseudoLabels | None, optimiser: torch.optim.Optimizer, num_steps: int, round_steps: int, number: int
+    ) -> MainStep:
         """Stage 3 with these labels: P_L = real and accepted, P_U = the rest and the unlabelled."""
         num_real, key = len(self.real), (*self.key, "stage 3", number)
         yes = np.zeros(0, dtype=bool) if found is None else found.accepted
         labelled = np.concatenate([np.arange(num_real), num_real + np.flatnonzero(yes)])
         rest = np.concatenate([num_real + np.flatnonzero(~yes), np.arange(num_real + len(yes), len(self.pool))])
         labels = self.real_labels if found is None else np.concatenate([self.real_labels, found.label])
-        weights = _class_weights(labels[labelled], self.num_classes).to(self.device) if self.recipe.class_balanced else None
+        weights = class_weights(labels[labelled], self.num_classes).to(self.device) if self.recipe.class_balanced else None
         targets = torch.from_numpy(labels)
         if self.amst.labels == "soft" and found is not None:
             known = np.eye(self.num_classes)[self.real_labels]
             targets = torch.from_numpy(np.concatenate([known, found.probs])).float()
-        take = _batches(len(labelled), self.recipe, key, labelled >= num_real)
+        take = batch_indices(len(labelled), self.recipe, key, labelled >= num_real)
         return MainStep(
             self.network, optimiser, self.pool, lambda step: labelled[take(step)], targets, rest,
-            self.recipe, self.amst, num_steps, key, weights, self.device,
+            self.recipe, self.amst, num_steps, round_steps, key, weights, self.device,
         )  # fmt: skip
 
     def report(self, found: PseudoLabels | None, step: MainStep) -> dict[str, Any]:
         accepted = 0 if found is None else int(found.accepted.sum())
         sizes = {"real": len(self.real), "labelled": len(self.real) + accepted, "unlabelled": len(step.unlabelled)}
         labels = {} if found is None else label_report(found, self.seeds, self.num_classes)
-        return sizes | {"mean_lambda": float(np.mean(step.weights)) if step.weights else None} | labels
+        weights = {
+            "mean_lambda": float(np.mean(step.weights)) if step.weights else None,
+            "min_lambda": min(step.smallest) if step.smallest else None,
+        }
+        return sizes | weights | labels
 
-    def notes(self, found: PseudoLabels | None) -> list[str]:
-        """What was empty; the training goes on without it."""
+    def notes(self, found: PseudoLabels | None, step: MainStep) -> list[str]:
+        """What was empty, left out or without effect; the training goes on."""
         notes = []
+        if self.repeated:
+            notes.append(
+                f"amst-unlabelled-repeated: {self.repeated} unlabelled image(s) have the pixels of a real or a synthetic training "
+                "image and are left out."
+            )
+        if step.weights and np.mean(step.weights) > INERT * self.amst.lambda_max:
+            notes.append(
+                f"amst-softmatch-inert: The weights of the unlabelled images are {np.mean(step.weights):.3f} on average (least "
+                f"{min(step.smallest):.3f}), so the consistency acted as plain pseudo-labelling; train longer or lower the momentum."
+            )
         if found is not None and not found.accepted.any():
             notes.append(
                 f"amst-none-accepted: No synthetic image of {len(found.accepted)} got a trusted label; the network is trained on "

@@ -8,7 +8,7 @@ from typing import Any
 
 from medaug.errors import ConfigError
 from medaug.networks.amst import FOUR_HEADS, ONE_HEAD
-from medaug.training.softmatch import SoftMatch
+from medaug.training.softmatch import SoftMatch, momentum_for
 from medaug.transforms.views import Views
 
 LABELS = ("amst", "soft", "seed", "teacher")
@@ -36,7 +36,8 @@ class AmstRecipe:
             over classes of the variance.
         teacher_confidence: least probability for a teacher's label to count; the image stays unlabelled below it.
         unlabelled_ratio: unlabelled images per labelled one in a step.
-        momentum, n_sigma, lambda_max, uniform_alignment: see `SoftMatch`.
+        momentum: of SoftMatch's averages; None follows the steps of a round, see `momentum_for` (the paper's is 0.999).
+        n_sigma, lambda_max, uniform_alignment: see `SoftMatch`.
         soft_target: the weak view's probabilities as target of the consistency, not its argmax.
         rounds: of labelling and training; later ones refresh the auxiliary heads by one epoch on real images.
         reinitialise: stage 3 starts from the network's first weights, not from stage 1's.
@@ -55,7 +56,7 @@ class AmstRecipe:
     uncertainty: str = "predicted"
     teacher_confidence: float = 0.0
     unlabelled_ratio: float = 1.0
-    momentum: float = 0.999
+    momentum: float | None = None
     n_sigma: float = 2.0
     lambda_max: float = 1.0
     uniform_alignment: bool = False
@@ -76,7 +77,7 @@ class AmstRecipe:
         _require(self.quantile is None or 0 <= self.quantile <= 1, "quantile", "in [0, 1] or none", self.quantile)
         _require(0 <= self.teacher_confidence <= 1, "teacher_confidence", "in [0, 1]", self.teacher_confidence)
         _require(self.unlabelled_ratio > 0, "unlabelled_ratio", "above 0", self.unlabelled_ratio)
-        self.softmatch(2)
+        self.softmatch(2, 1)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -88,11 +89,11 @@ class AmstRecipe:
         """True if stage 1 is needed: labels come from the auxiliary heads."""
         return self.labels in ("amst", "soft")
 
-    def softmatch(self, num_classes: int) -> SoftMatch:
-        """Fresh weighting, mean 1 / K and variance 1."""
+    def softmatch(self, num_classes: int, num_steps: int) -> SoftMatch:
+        """Fresh weighting, mean 1 / K and variance 1, for a round of so many steps."""
         return SoftMatch(
             num_classes,
-            momentum=self.momentum,
+            momentum=momentum_for(num_steps) if self.momentum is None else self.momentum,
             n_sigma=self.n_sigma,
             lambda_max=self.lambda_max,
             uniform_alignment=self.uniform_alignment,

@@ -17,8 +17,9 @@ from medaug.errors import ConfigError
 from medaug.networks.amst import AuxiliaryHeads
 from medaug.networks.grading import penultimate
 from medaug.training.amst_recipe import AmstRecipe
-from medaug.training.classifier import ClassifierRecipe, LabelledImages, _class_weights, _Order, _rate, seeded
+from medaug.training.classifier import ClassifierRecipe, LabelledImages, seeded
 from medaug.training.softmatch import SoftMatch
+from medaug.training.steps import EndlessOrder, class_weights, rate_factor
 
 Key = tuple[Hashable, ...]
 
@@ -145,8 +146,8 @@ def _train_heads(
     heads.to(device)
     moving = len(parameters) > len(list(heads.parameters()))
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    order, staged = _Order(np.arange(len(real)), (*key, "real")), replace(recipe, num_steps=num_steps)
-    weights = _class_weights(real.labels(), heads.heads[0].out_features).to(device) if recipe.class_balanced else None  # type: ignore[arg-type]
+    order, staged = EndlessOrder(np.arange(len(real)), (*key, "real")), replace(recipe, num_steps=num_steps)
+    weights = class_weights(real.labels(), heads.heads[0].out_features).to(device) if recipe.class_balanced else None  # type: ignore[arg-type]
     views = {"weak": amst.views.weak, "strong": amst.views.strong}
     losses = []
     for step in range(num_steps):
@@ -161,7 +162,7 @@ def _train_heads(
                 with torch.set_grad_enabled(moving), _statistics(network, view):
                     features[view] = penultimate(network, views[view](x, drawn))
             loss = pretraining_loss(heads, features, target, amst.orthogonality, weights, recipe.label_smoothing)
-        losses.append(_step(loss, optimiser, parameters, recipe, _rate(step, staged), f"{step + 1} of the auxiliary heads"))
+        losses.append(_step(loss, optimiser, parameters, recipe, rate_factor(step, staged), f"{step + 1} of the auxiliary heads"))
     return losses
 
 
@@ -226,10 +227,11 @@ class MainStep:
         indices_of: step -> numbers of the labelled images in its batch.
         targets: number in the pool -> label, (N,) int64, or class probabilities (N, K).
         unlabelled: their numbers in the pool, maybe none.
-        recipe, amst: settings.  num_steps: of the whole stage, for the learning rate.
+        recipe, amst: settings.  num_steps: of the whole stage, for the learning rate.  round_steps: of this round, for SoftMatch.
         key: of every draw.
         class_weights: (K,) or None.
-        weights: mean lambda of every step that had unlabelled images.
+        weights, smallest: mean and least lambda of every step that had unlabelled images.
+        image_passes, forward_passes: images through the network so far, with and without a backward pass.
     """
 
     network: nn.Module
@@ -241,14 +243,17 @@ class MainStep:
     recipe: ClassifierRecipe
     amst: AmstRecipe
     num_steps: int
+    round_steps: int
     key: Key
     class_weights: Tensor | None = None
     device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
         self.weights: list[float] = []
+        self.smallest: list[float] = []
+        self.image_passes = self.forward_passes = 0
         self._size = max(1, round(self.recipe.batch_size * self.amst.unlabelled_ratio))
-        self._order = _Order(self.unlabelled, (*self.key, "unlabelled"))
+        self._order = EndlessOrder(self.unlabelled, (*self.key, "unlabelled"))
         self._weigh: SoftMatch | None = None
 
     def __call__(self, step: int) -> float:
@@ -257,6 +262,7 @@ class MainStep:
         x = self.amst.views.weak(self.pool.batch(chosen).to(self.device), self._keys("labelled", step, len(chosen)))
         target = self.targets[torch.from_numpy(chosen)].to(self.device)
         weak, strong = self._unlabelled_views(step)
+        self.image_passes += len(x)
         with seeded(*self.key, "dropout", step, device=self.device):
             self.network.train()
             logits = self.network(x)
@@ -264,7 +270,7 @@ class MainStep:
             loss = functional.cross_entropy(logits, target, weight=self.class_weights, label_smoothing=smoothing)
             if weak is not None and strong is not None:
                 loss = loss + self._consistency(weak, strong, logits.shape[1])
-        rate = _rate(step, replace(self.recipe, num_steps=self.num_steps))
+        rate = rate_factor(step, replace(self.recipe, num_steps=self.num_steps))
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         return _step(loss, self.optimiser, parameters, self.recipe, rate, f"{step + 1} of the main head")
 
@@ -277,14 +283,17 @@ class MainStep:
 
     def _consistency(self, weak: Tensor, strong: Tensor, num_classes: int) -> Tensor:
         """L_c; the weak view is judged as at inference, without drop-out and by the running statistics."""
-        self._weigh = self._weigh or self.amst.softmatch(num_classes)
+        self._weigh = self._weigh or self.amst.softmatch(num_classes, self.round_steps)
         with torch.no_grad():
             self.network.eval()
             weak_logits = self.network(weak)
         self.network.train()
         with frozen_statistics(self.network):
             loss, weights = consistency_loss(weak_logits, self.network(strong), self._weigh, self.amst.soft_target)
+        self.image_passes += len(strong)
+        self.forward_passes += len(weak)
         self.weights.append(float(weights.mean()))
+        self.smallest.append(float(weights.min()))
         return loss
 
     def _keys(self, what: str, step: int, count: int) -> Sequence[Key]:

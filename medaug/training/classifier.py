@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from medaug.draws import key_seed, numpy_generator
+from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
+from medaug.training.steps import batch_indices, class_weights, rate_factor
 from medaug.transforms.policies import apply_policy, check_policy
 
 CACHE_BYTES = 200 * 2**20
 _LEVELS = 65535  # cohort images have 8 or 16 bits, so 16 bits hold them without loss
 
 Key = tuple[Hashable, ...]
+Augment = Callable[[Tensor, Sequence[Key]], Tensor]
 
 __all__ = [
+    "Augment",
+    "BestKeeper",
     "ClassifierRecipe",
     "FitResult",
     "LabelledImages",
     "confusion_counts",
     "fit_classifier",
+    "in_memory",
     "macro_f1",
     "predict_logits",
     "seeded",
@@ -189,54 +195,6 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
     return scores.sum(-1) / np.maximum(present.sum(-1), 1)
 
 
-class _Order:
-    """Position of every training image in the endless, keyed order: epoch after epoch, each one a permutation."""
-
-    def __init__(self, pool: np.ndarray, key: Key) -> None:
-        self._pool, self._key, self._epoch = pool, key, -1
-        self._permutation = pool
-
-    def take(self, start: int, count: int) -> np.ndarray:
-        """Entries start .. start + count - 1 of the order."""
-        return np.array([self._at(place) for place in range(start, start + count)], dtype=np.int64)
-
-    def _at(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self._pool))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = numpy_generator(*self._key, "order", epoch).permutation(self._pool)
-        return int(self._permutation[offset])
-
-
-def _batches(size: int, recipe: ClassifierRecipe, key: Key, synthetic: np.ndarray | None) -> Callable[[int], np.ndarray]:
-    """The function step -> indices of its batch."""
-    everything = np.arange(size)
-    mixed = synthetic is not None and recipe.real_share is not None and 0 < int(synthetic.sum()) < size
-    if not mixed or synthetic is None or recipe.real_share is None:
-        order = _Order(everything, key)
-        return lambda step: order.take(step * recipe.batch_size, recipe.batch_size)
-    num_real = round(recipe.batch_size * recipe.real_share)
-    num_synthetic = recipe.batch_size - num_real
-    real_order = _Order(everything[~synthetic], (*key, "real"))
-    synthetic_order = _Order(everything[synthetic], (*key, "synthetic"))
-    return lambda step: np.concatenate(
-        [real_order.take(step * num_real, num_real), synthetic_order.take(step * num_synthetic, num_synthetic)]
-    )
-
-
-def _rate(step: int, recipe: ClassifierRecipe) -> float:
-    """Factor on the learning rate at 0-based `step`: linear warm-up, then half a cosine that would reach 0 at num_steps."""
-    warmup = round(recipe.warmup_fraction * recipe.num_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.num_steps - warmup, 1)))
-
-
-def _class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
-    counts = np.bincount(labels, minlength=num_classes)
-    return torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()
-
-
 def fit_classifier(
     network: nn.Module,
     training: Dataset[dict[str, Any]],
@@ -245,6 +203,7 @@ def fit_classifier(
     *,
     key: Key,
     synthetic: Sequence[bool] | None = None,
+    augment: Augment | None = None,
     device: str | torch.device = "cpu",
     on_eval: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> FitResult:
@@ -257,20 +216,22 @@ def fit_classifier(
         recipe: steps, rates, policy.
         key: decides order, augmentation and drop-out.
         synthetic: one flag per training image, needed by `recipe.real_share` alone.
+        augment: images (B, C, H, W) and B keys -> images, in the place of the recipe's policy.
         device: "cpu", "cuda", "mps".
         on_eval: called with each history entry.
 
     Raises:
         DataError: no training images.  ConfigError: the loss is no longer finite (code ``training-diverged``).
     """
-    images = _in_memory(training)
-    held_out = None if validation is None or len(validation) == 0 else _in_memory(validation)  # type: ignore[arg-type]
+    images = in_memory(training)
+    held_out = None if validation is None or len(validation) == 0 else in_memory(validation)  # type: ignore[arg-type]
     network.to(device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     flags = None if synthetic is None else np.asarray(synthetic, dtype=bool)
-    update = _update_function(network, optimiser, images, recipe, _batches(len(images), recipe, key, flags), key, device)
+    indices_of = batch_indices(len(images), recipe, key, flags)
+    update = _update_function(network, optimiser, images, recipe, indices_of, key, augment, device)
     trainer = Engine(update)
-    keeper = _Keeper(network, held_out, device, on_eval)
+    keeper = BestKeeper(network, held_out, device, on_eval)
 
     @trainer.on(Events.ITERATION_COMPLETED)
     def _evaluate(engine: Engine) -> None:
@@ -283,7 +244,8 @@ def fit_classifier(
     return keeper.restore()
 
 
-def _in_memory(dataset: Dataset[dict[str, Any]]) -> LabelledImages:
+def in_memory(dataset: Dataset[dict[str, Any]]) -> LabelledImages:
+    """The data set as `LabelledImages`; one that is so already is given back as it is."""
     return dataset if isinstance(dataset, LabelledImages) else LabelledImages(dataset)
 
 
@@ -294,23 +256,25 @@ def _update_function(
     recipe: ClassifierRecipe,
     indices_of: Callable[[int], np.ndarray],
     key: Key,
+    augment: Augment | None,
     device: str | torch.device,
 ) -> Callable[[Engine, int], float]:
     """One optimiser step as an ignite process function; its batch is the 0-based step."""
     weights: Tensor | None = None
+    change = augment or partial(apply_policy, recipe.policy)
 
     def update(engine: Engine, step: int) -> float:
         nonlocal weights
         x, target = images.batch(indices_of(step))
         x, target = x.to(device), target.to(device)
-        x = apply_policy(recipe.policy, x, [(*key, "policy", step, position) for position in range(len(x))])
+        x = change(x, [(*key, "policy", step, position) for position in range(len(x))])
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe)
+            group["lr"] = recipe.learning_rate * rate_factor(step, recipe)
         network.train()
         with seeded(*key, "dropout", step, device=device):
             logits = network(x)
         if recipe.class_balanced and weights is None:
-            weights = _class_weights(images.labels(), logits.shape[1]).to(device)
+            weights = class_weights(images.labels(), logits.shape[1]).to(device)
         loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -327,8 +291,18 @@ def _update_function(
     return update
 
 
-class _Keeper:
-    """Scores the network on validation, remembers the best weights and the history."""
+class BestKeeper:
+    """Scores the network on validation, remembers the best weights and the history.
+
+    Args:
+        network: in training; scored as it is at every `evaluate`.
+        validation: real images, or None: then the last weights count as the best.
+        device: of the network.
+        on_eval: called with each history entry.
+
+    Attributes:
+        losses: of the steps since the last `evaluate`; the trainer appends to it.
+    """
 
     def __init__(
         self,
@@ -344,6 +318,7 @@ class _Keeper:
         self._target = None if validation is None else validation.labels()
 
     def evaluate(self, step: int) -> None:
+        """Enter the mean of `losses` and the scores on validation after `step`; keep the weights if they are no worse."""
         entry: dict[str, Any] = {"step": step, "loss": float(np.mean(self.losses)), "macro_f1": None, "accuracy": None}
         self.losses = []
         if self._validation is not None and self._target is not None:
@@ -358,6 +333,7 @@ class _Keeper:
             self._on_eval(dict(entry))
 
     def restore(self) -> FitResult:
+        """Put the best weights into the network (ties: the later) and say which step they are of."""
         if self._best is None:
             return FitResult(self._history[-1]["step"], None, self._history)
         score, step, state = self._best
@@ -374,7 +350,7 @@ def predict_logits(
     Raises:
         DataError: the data set is empty.
     """
-    images = _in_memory(dataset)
+    images = in_memory(dataset)
     was_training = network.training
     network.to(device).eval()
     starts = range(0, len(images), batch_size)

@@ -15,6 +15,7 @@ from torch import nn
 from medaug import __version__, storage
 from medaug.cohort import Cohort, fit_sha256
 from medaug.errors import ConfigError, DataError
+from medaug.networks.amst import fit_metadata
 from medaug.networks.build import build_guided_unet
 from medaug.networks.weights import load_weights, save_weights
 
@@ -84,7 +85,7 @@ def write_run(folder: Path, record: RunRecord, network: nn.Module, iterations: i
         "num_classes": str(len(record.classes)),
         "image_size": str(record.image_size),
         "medaug": __version__,
-    }
+    } | fit_metadata(record.fit_groups)
     sha = save_weights(folder / WEIGHTS_FILE, network, metadata)
     record = replace(record, weights_sha256=sha, iterations=iterations)
     storage.write_json(folder / RUN_FILE, asdict(record))

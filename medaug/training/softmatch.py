@@ -11,7 +11,18 @@ from medaug.errors import ConfigError
 
 _SMALLEST_VARIANCE = 1e-12  # all images equally sure: the weight becomes a step at the mean, not 0 / 0
 
-__all__ = ["SoftMatch", "truncated_gaussian"]
+PAPER_MOMENTUM = 0.999
+
+__all__ = ["PAPER_MOMENTUM", "SoftMatch", "momentum_for", "truncated_gaussian"]
+
+
+def momentum_for(num_steps: int) -> float:
+    """min(0.999, 1 - 10 / num_steps), at least 0: a momentum that has left its start behind after a tenth of the steps.
+
+    The published 0.999 belongs to trainings of a hundred thousand steps and more. The variance starts at 1, far above any that a
+    probability can have, and in a few hundred steps at 0.999 it never comes down, so that every weight stays at its largest.
+    """
+    return max(0.0, min(PAPER_MOMENTUM, 1 - 10 / num_steps))
 
 
 def truncated_gaussian(confidence: Tensor, mean: float, variance: float, n_sigma: float = 2.0, lambda_max: float = 1.0) -> Tensor:
@@ -32,7 +43,7 @@ class SoftMatch:
 
     Args:
         num_classes: K; the mean starts at 1 / K, the variance at 1.
-        momentum: of the moving averages, in [0, 1).
+        momentum: of the moving averages, in [0, 1); see `momentum_for`.
         n_sigma, lambda_max: see `truncated_gaussian`.
         uniform_alignment: rescale probabilities by (1 / K) / their moving mean before taking the confidence, so that
             a class the network favours does not get all the weight; the target stays as it was.
@@ -45,7 +56,7 @@ class SoftMatch:
         self,
         num_classes: int,
         *,
-        momentum: float = 0.999,
+        momentum: float = PAPER_MOMENTUM,
         n_sigma: float = 2.0,
         lambda_max: float = 1.0,
         uniform_alignment: bool = False,

@@ -220,7 +220,7 @@ def replace_by_link(folder):
         (cut_the_list, "export-manifest-changed"),
         (lambda folder: (folder / "manifest.json").unlink(), "export-missing"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "export-manifest-malformed"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "json-unreadable"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "export-manifest-malformed"),
     ],
 )
 def test_verify_finds(export, damage, code):

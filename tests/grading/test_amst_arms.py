@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
-from medaug.cohort import write_cohort
+from medaug.cohort import fit_sha256, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading import arms, benchmark
-from medaug.grading.grade import grade
+from medaug.grading.grade import _notes, grade
 from medaug.grading.recipe import grading_recipe
-from medaug.training.amst import Teacher
 from medaug.training.amst_recipe import AmstRecipe
+from medaug.training.teacher import Teacher
+from medaug.transforms.views import Views
 
 QUICK = {"num_steps": 16, "batch_size": 8, "evaluate_every": 8}
 
@@ -39,6 +42,9 @@ def test_written_forms(tmp_path, make_cohort, make_synthetic):
     assert not both.amst.consistency and both.unlabelled.training == rest.training
     semi = arms.parse_arm(f"semi=:amst:{tmp_path / 'rest'}")
     assert semi.synthetic is None and semi.unlabelled.training == rest.training
+    assert arms.parse_arm("weak_view", amst={"views": {"pad": 0.25}}).views == Views(pad=0.25)
+    with pytest.raises(ConfigError, match="arm-name"):
+        arms.parse_arm(f"weak_view={folder}:amst")
     with pytest.raises(ConfigError, match="on nothing"):
         arms.parse_arm("a=:amst")
     with pytest.raises(DataError, match="cohort-missing"):
@@ -55,7 +61,7 @@ def test_a_way_of_training_is_part_of_the_row_and_absent_for_other_arms(tmp_path
         replace(plain, amst=AmstRecipe()),
         replace(plain, amst=AmstRecipe(quantile=0.5)),
         replace(plain, amst=AmstRecipe(), unlabelled=unlabelled_cohort(make_cohort, tmp_path / "rest")),
-        replace(plain, amst=AmstRecipe(), teacher=Teacher(lambda images: images, sha256="x")),
+        replace(plain, amst=AmstRecipe(), teacher=Teacher(lambda images: images, fit_groups=(), sha256="x")),
     ]
     recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn")}
     names = {benchmark.plan_cells(real, [arm], ["simple_cnn"], [0], recipes)[0].sha256 for arm in different}
@@ -84,7 +90,19 @@ def test_benchmark_trains_amst_arms_in_as_many_steps_and_resumes(tmp_path, make_
     (report,) = amst["amst"]["rounds"]
     assert report["scored"] == 12 and amst["num_unlabelled"] == 12 and "amst" not in seeds
     assert report["labelled"] + report["unlabelled"] == len(real.training) + 12 + 12
-    assert set(result["verdict"]) == {"dreamda", "dreamda+amst"}
+    assert list(by_arm) == ["none", "dreamda", "dreamda+amst", "weak_view"]  # AMST brings its control
+    assert by_arm["weak_view"]["num_training"] == len(real.training)
+    assert seeds["image_passes"] == by_arm["weak_view"]["image_passes"] == 16 * 8 and seeds["forward_passes"] == 0
+    stage1 = round(0.3 * 16)
+    assert amst["image_passes"] == (2 * stage1 + 2 * (16 - stage1)) * 8
+    assert amst["forward_passes"] == 12 + (16 - stage1) * 8
+    verdict = result["verdict"]
+    assert set(verdict) == {"dreamda", "dreamda+amst", "weak_view"}
+    assert [verdict[arm]["against_views"] is None for arm in ("dreamda", "weak_view", "dreamda+amst")] == [True, True, False]
+    assert "same weak view" in verdict["dreamda+amst"]["sentence"] and "same weak view" not in verdict["dreamda"]["sentence"]
+    assert "same weak view" in (tmp_path / "out" / "report.html").read_text()
+    table = (tmp_path / "out" / "table.csv").read_text()
+    assert "image_passes" in table and str(amst["image_passes"]) in table
     (tmp_path / "out" / "rows" / f"{amst['sha256']}.json").unlink()
     again = []
     assert run(again) == result and again == rows
@@ -130,3 +148,110 @@ def test_refusals(tmp_path, make_cohort):
         arms.prepare_arms([arms.Arm("a", amst=AmstRecipe(), unlabelled=other.with_cases(training=()))], real)
     with pytest.raises(DataError, match="cohorts-differ"):
         arms.prepare_arms([arms.Arm("a", amst=AmstRecipe(), unlabelled=replace(other, image_size=8))], real)
+
+
+def test_the_control_of_amst_sees_its_weak_view_and_nothing_else(tmp_path, make_cohort, make_synthetic, monkeypatch):
+    real = make_cohort(tmp_path / "real")
+    synthetic = make_synthetic(real, tmp_path / "s", [2, 2, 2])
+    views, other = Views(flip=True), Views(pad=0.3)
+    wanted = [
+        arms.Arm("none"),
+        arms.Arm("a", synthetic=synthetic, amst=AmstRecipe(views=views)),
+        arms.Arm("b", synthetic=synthetic, amst=AmstRecipe(views=views, quantile=0.5)),
+        arms.Arm("c", synthetic=synthetic, amst=AmstRecipe(views=other)),
+    ]
+    made = arms.with_view_controls(wanted)
+    assert [arm.name for arm in made] == ["none", "a", "b", "c", "weak_view", "weak_view-2"]
+    assert arms.view_controls(made) == {"a": "weak_view", "b": "weak_view", "c": "weak_view-2"}
+    assert arms.with_view_controls(made) == made
+    assert [arm.name for arm in arms.prepare_arms(wanted, real)] == [arm.name for arm in made]
+    assert arms.with_view_controls(wanted[:1]) == wanted[:1]
+
+    recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"num_steps": 1, "batch_size": 4})}
+    cells = benchmark.plan_cells(real, [made[4], made[5]], ["simple_cnn"], [0], recipes)
+    assert len({cell.sha256 for cell in cells}) == 2
+    seen = []
+    original = benchmark.fit_classifier
+
+    def spy(network, training, *args, **options):
+        x, keys = training.batch(range(4))[0], [("k", place) for place in range(4)]
+        seen.append((len(training), torch.equal(options["augment"](x, keys), views.weak(x, keys)), x))
+        return original(network, training, *args, **options)
+
+    monkeypatch.setattr(benchmark, "fit_classifier", spy)
+    benchmark.run_benchmark(real, [made[4]], ["simple_cnn"], [0], recipes, tmp_path / "out")
+    assert [entry[:2] for entry in seen] == [(len(real.training), True)]
+
+
+def test_amst_takes_no_policy():
+    for fields in (
+        {"policy": "weak", "amst": AmstRecipe()},
+        {"views": Views(), "amst": AmstRecipe()},
+        {"policy": "crop_rotate", "views": Views()},
+    ):
+        with pytest.raises(ConfigError, match="arm-views"):
+            arms.Arm("a", **fields)
+
+
+def test_a_teacher_that_saw_held_out_groups_is_refused_and_a_known_one_is_in_the_row(tmp_path, make_cohort, make_synthetic):
+    real = make_cohort(tmp_path / "real")
+    synthetic = make_synthetic(real, tmp_path / "s", [2, 2, 2])
+    training = tuple(sorted(real.groups("training")))
+
+    def arm(groups, **options):
+        teacher = Teacher(lambda images: torch.full((len(images), 3), 1 / 3), groups, "t", **options)
+        return arms.Arm("taught", synthetic=synthetic, amst=AmstRecipe(labels="teacher"), teacher=teacher)
+
+    for groups, code in (
+        ((*training, sorted(real.groups("validation"))[0]), "fit-on-held-out"),
+        ((sorted(real.groups("test"))[0],), "fit-on-held-out"),
+        (None, "fit-unknown"),
+        (("elsewhere",), "fit-unknown"),
+    ):
+        with pytest.raises(LeakageError, match=code):
+            arms.check_arm(arm(groups), real)
+    arms.check_arm(arm(None, trusted=True), real)
+    arms.check_arm(arm(()), real)
+    assert any("teacher of arm taught" in note for note in _notes(real, [arm(None, trusted=True)]))
+    assert _notes(real, [arm(training)]) == []
+    recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"num_steps": 4, "batch_size": 4})}
+    row = benchmark.run_benchmark(real, [arm(training)], ["simple_cnn"], [0], recipes, tmp_path / "out")[0]
+    assert row["teacher"] == {
+        "sha256": "t", "fit_groups": list(training), "fit_on": fit_sha256(training), "trusted": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("role", ["unlabelled", "synthetic"])
+def test_a_held_out_image_under_another_name_is_known_by_its_pixels(tmp_path, make_cohort, make_synthetic, split, role):
+    """Source, patient and group say nothing, and the file is compressed in another way; the picture is the same."""
+    real = make_cohort(tmp_path / "real")
+    if role == "unlabelled":
+        other = unlabelled_cohort(make_cohort, tmp_path / "rest")
+        arm = arms.Arm("a", amst=AmstRecipe(), unlabelled=other)
+    else:
+        other = make_synthetic(real, tmp_path / "rest", [2, 2, 2])
+        arm = arms.Arm("a", synthetic=other)
+    arms.prepare_arms([arm], real)
+    target = other.path(other.training[0])
+    with Image.open(real.path(real.training[0])) as picture:
+        picture.save(target, compress_level=1)
+    arms.prepare_arms([arm], real)  # a training image is no leak
+    with Image.open(real.path(real.split(split)[0])) as picture:
+        picture.save(target, compress_level=0)
+    assert target.read_bytes() != real.path(real.split(split)[0]).read_bytes()
+    with pytest.raises(LeakageError, match="pixels-held-out") as caught:
+        arms.prepare_arms([arm], real)
+    assert caught.value.exit_code == 4
+
+
+def test_unlabelled_images_that_are_the_synthetic_ones_count_once(tmp_path, make_cohort, make_synthetic):
+    real = make_cohort(tmp_path / "real")
+    synthetic = make_synthetic(real, tmp_path / "s", [2, 2, 2])
+    arm = arms.Arm("a", synthetic=synthetic, amst=AmstRecipe(quantile=0.5), unlabelled=synthetic)
+    recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"num_steps": 6, "batch_size": 4})}
+    row = benchmark.run_benchmark(real, [arm], ["simple_cnn"], [0], recipes, tmp_path / "out")[0]
+    assert row["num_unlabelled"] == 0 and row["amst"]["unlabelled_repeated"] == 6
+    (report,) = row["amst"]["rounds"]
+    assert report["labelled"] + report["unlabelled"] == len(real.training) + 6
+    assert any(note.startswith("amst-unlabelled-repeated") for note in row["amst"]["notes"])

@@ -52,6 +52,22 @@ def test_beating_none_but_not_the_control_is_no_evidence():
     assert verdicts["oversample"]["verdict"] == "helps"
 
 
+def test_an_arm_with_views_of_its_own_must_beat_real_images_seen_that_way():
+    """The shifts alone earn the whole difference: no evidence for the arm that also shifts."""
+    scores = {"none": 0.6, "oversample": 0.6, "weak_view": 0.8, "amst": 0.8, "better": 0.95, "plain": 0.8}
+    controls = {"amst": "weak_view", "better": "weak_view"}
+    verdicts = judge(planted(scores), ordinal=False, view_controls=controls, num_resamples=1000)
+    assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {
+        "oversample": "no evidence", "weak_view": "helps", "amst": "no evidence", "better": "helps", "plain": "helps"
+    }  # fmt: skip
+    assert verdicts["amst"]["against_control"]["low"] > 0 and verdicts["amst"]["against_views"]["low"] <= 0
+    assert "against real images seen through the same weak view +0.1" in verdicts["better"]["sentence"]
+    assert verdicts["better"]["against_views"]["p_holm"] >= verdicts["better"]["against_views"]["p_value"]
+    assert verdicts["plain"]["against_views"] is None
+    with pytest.raises(ConfigError, match="control-missing"):
+        judge(planted({"none": 0.6, "amst": 0.8}), ordinal=False, view_controls=controls)
+
+
 def test_many_arms_raise_the_bar():
     """The same arm alone and among many others without effect: Holm's correction may only take evidence away."""
     few = judge(planted({"none": 0.7, "x": 0.735}), ordinal=False, num_resamples=1000)

@@ -83,6 +83,19 @@ def test_side_markers_are_no_text(clean: list[np.ndarray], text: str) -> None:
     assert sum(bool(find_text(picture)) for picture in burnt) <= 1
 
 
+@pytest.mark.parametrize("side", [64, 128])
+def test_noise_is_no_text(side: int) -> None:
+    pictures = [numpy_generator("noise", side, number).integers(0, 2000, (side, side)) for number in range(24)]
+    assert sum(bool(find_text(picture)) for picture in pictures) <= 2
+
+
+def test_text_of_a_line_is_found_on_noise() -> None:
+    ink = Image.new("L", (256, 256))
+    ImageDraw.Draw(ink).text((10, 40), "DOE JANE 19530917", fill=255, font=ImageFont.load_default(20))
+    noise = numpy_generator("noise", "text").integers(0, 1000, (256, 256))
+    assert find_text(np.maximum(noise, np.asarray(ink, dtype=np.int64) * 8))
+
+
 @pytest.mark.parametrize("change", ["flat", "tiny", "noise", "stripes"])
 def test_what_is_not_text(change: str) -> None:
     generator = numpy_generator("not-text", change)

@@ -51,7 +51,7 @@ def test_a_class_of_outvoted_readers_only_is_dropped(tmp_path: Path) -> None:
     rows = [f"{index}.png,{index % 2},a" for index in range(12)] + ["4.png,9,b", "4.png,0,c"]
     table = graded(tmp_path / "in", rows)
     result = take(tmp_path / "in", tmp_path / "out", labels=table, conflicts="majority", reader_column="reader")
-    assert result.cohort.classes == ("0", "1") and any("outvoted" in note for note in result.notes)
+    assert result.cohort.classes == ("0", "1") and any("no image of them remains" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(

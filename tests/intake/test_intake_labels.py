@@ -59,7 +59,7 @@ def test_missing_columns_and_sheets_name_what_there_is(tmp_path):
     table.write_text("file,outcome\na.png,1\n")
     with pytest.raises(ConfigError, match="file, outcome"):
         read_rows(options(table))
-    with pytest.raises(ConfigError, match="'klass' is not there"):
+    with pytest.raises(ConfigError, match="asked for is not there"):
         read_rows(options(table, label_column="klass"))
     book = openpyxl.Workbook()
     book.save(tmp_path / "t.xlsx")

@@ -119,6 +119,7 @@ def test_ct_comes_in_hounsfield_units(tmp_path):
         "series": "1.2.3.1",
         "sop": "1.2.3.4",
         "accession": "ACC-0815",
+        "birth_date": "19700101",
     }
     assert picture.source == storage.sha256_file(path)
     assert not any(secret in repr(picture) for secret in SECRETS)

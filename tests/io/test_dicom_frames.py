@@ -92,9 +92,13 @@ def test_declared_sizes_are_checked_before_decoding(tmp_path, elements, code):
 def test_fewer_groups_than_frames(tmp_path):
     dataset = make_enhanced(VOLUME, POSITIONS)
     del dataset.PerFrameFunctionalGroupsSequence[2:]
-    pictures = list(read_frames(save(tmp_path / "a", dataset)))
-    assert [picture.acquisition["frame"] for picture in pictures] == [1, 2, 3, 4]
-    assert "position_mm" not in pictures[3].acquisition
+    with pytest.raises(DataError, match="frame-groups-missing.*4 frames.*groups for 2"):
+        list(read_frames(save(tmp_path / "a", dataset)))
+
+
+def test_a_place_far_outside_the_room_is_unknown(tmp_path):
+    picture = read_dicom(save(tmp_path / "a", make_image(VOLUME[0], ImagePositionPatient=["1e308"] * 3)))
+    assert "position_mm" not in picture.acquisition
 
 
 @pytest.mark.parametrize(

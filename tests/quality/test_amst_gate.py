@@ -13,11 +13,13 @@ import pytest
 
 from medaug.cohort import Case, Cohort, check_against, fit_sha256, read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.networks.amst import fit_metadata
 from medaug.networks.grading import build_network
-from medaug.networks.weights import save_weights
+from medaug.networks.weights import read_metadata, save_weights
 from medaug.quality import amst_labels
 from medaug.quality.amst_labels import train_amst_labels
 from medaug.quality.gate import run_gate
+from medaug.quality.pseudo_label import train_filter
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.classifier import ClassifierRecipe
 
@@ -143,18 +145,65 @@ def test_heads_see_training_groups_only_and_damage_is_noticed(tmp_path, make_coh
 def test_checkpoints_to_start_from(tmp_path, make_cohort):
     cohort = make_cohort(tmp_path / "c", per_class=5, size=16)
     network, path = build_network("simple_cnn", 3, 1, 16), tmp_path / "w.safetensors"
+    own = fit_metadata(cohort.groups("training"))
     scratch = train_amst_labels(cohort, tmp_path / "f", recipe=QUICK)
-    save_weights(path, network)
+    save_weights(path, network, own)
     started = train_amst_labels(cohort, tmp_path / "f", recipe=QUICK, weights=path)
-    assert started.facts["weights_sha256"] != scratch.facts["weights_sha256"]
+    assert started.facts["weights_sha256"] != scratch.facts["weights_sha256"] and not started.facts["weights_trusted"]
     save_weights(path, network, {"fit_groups": json.dumps(sorted(cohort.groups("test")))})
-    with pytest.raises(LeakageError) as caught:
-        train_amst_labels(cohort, tmp_path / "f", recipe=QUICK, weights=path)
-    assert caught.value.exit_code == 4
-    save_weights(path, build_network("simple_cnn", 5, 1, 16))
+    for trusted in (False, True):
+        with pytest.raises(LeakageError, match="fit-on-held-out") as caught:
+            train_amst_labels(cohort, tmp_path / "f", recipe=QUICK, weights=path, weights_trusted=trusted)
+        assert caught.value.exit_code == 4
+    save_weights(path, build_network("simple_cnn", 5, 1, 16), own)
     with pytest.raises(ConfigError, match="made for 5 classes"):
         train_amst_labels(cohort, tmp_path / "f", recipe=QUICK, weights=path)
     train_amst_labels(cohort, tmp_path / "f", recipe=QUICK, weights=path, replace_head=True)
+
+
+def turned_round(cohort: Cohort, root: Path) -> Cohort:
+    """The same images, training and test exchanged."""
+    shutil.copytree(cohort.root, root)
+    return write_cohort(cohort.with_cases(training=cohort.test, test=cohort.training), root)
+
+
+@pytest.mark.parametrize("kind", ["filter", "amst"])
+def test_weights_of_a_cohort_that_trains_on_our_test_groups_are_refused(gate, tmp_path, kind):
+    """What medaug writes itself says what it saw, and the gate reads that."""
+    other = turned_round(read_cohort(tmp_path / "real"), tmp_path / "other")
+    trained = train_filter if kind == "filter" else train_amst_labels
+    made = trained(other, tmp_path / "elsewhere", recipe=QUICK)
+    (path,) = (tmp_path / "elsewhere").glob("*/*.safetensors")
+    assert json.loads(read_metadata(path)["fit_groups"]) == list(made.fit_groups) == sorted(other.groups("training"))
+    for trusted in (False, True):
+        with pytest.raises(LeakageError, match="fit-on-held-out"):
+            gate(weights=path, weights_trusted=trusted, recipe=QUICK)
+    assert not (tmp_path / "out" / "cohort.json").exists()
+
+
+def test_weights_of_our_own_training_split_are_welcome(gate, tmp_path):
+    real = read_cohort(tmp_path / "real")
+    train_filter(real, tmp_path / "elsewhere", recipe=QUICK)
+    (path,) = (tmp_path / "elsewhere").glob("*/*.safetensors")
+    accepted = gate(weights=path, amst=AmstRecipe(quantile=1.0)).accepted
+    assert not any("weights_trusted" in case.lineage for case in accepted.training)
+    check_against(accepted, real)
+
+
+def test_weights_of_unknown_origin_need_a_word_that_is_written_down(gate, tmp_path, filter_dir):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, build_network("simple_cnn", 3, 1, 16))
+    with pytest.raises(LeakageError, match="fit-unknown.*weights_trusted") as caught:
+        gate(weights=path)
+    assert caught.value.exit_code == 4
+    result = gate(weights=path, weights_trusted=True, amst=AmstRecipe(quantile=1.0))
+    assert all(case.lineage["weights_trusted"] is True for case in result.accepted.training)
+    assert result.summary["filter"]["weights_trusted"] is True
+    check_against(result.accepted, read_cohort(tmp_path / "real"))
+    unknown = [home for home in filter_dir.glob("amst-*/amst.safetensors") if "fit_groups" not in read_metadata(home)]
+    assert len(unknown) == 1  # heads that began from unknown weights do not say that they know
+    with pytest.raises(LeakageError, match="fit-unknown"):  # the word is asked for again, cached heads or not
+        gate(weights=path, amst=AmstRecipe(quantile=1.0))
 
 
 def test_class_missing_from_the_real_data_is_refused(tmp_path, make_cohort):

@@ -9,16 +9,31 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from medaug.cohort import fit_sha256
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.networks.amst import AuxiliaryHeads, feature_dimension
-from medaug.networks.grading import build_network, penultimate
+from medaug.networks.amst import AuxiliaryHeads, fit_metadata
+from medaug.networks.grading import build_network
 from medaug.networks.weights import save_weights
 from medaug.training import amst as module
 from medaug.training import amst_stages
-from medaug.training.amst import Teacher, fit_amst, make_heads, stage_steps, teacher_from_checkpoint
+from medaug.training.amst import fit_amst, make_heads, stage_steps
 from medaug.training.amst_recipe import AmstRecipe, amst_recipe
-from medaug.training.amst_stages import Joined, frozen_statistics, pretrain, pretraining_loss, refresh
+from medaug.training.amst_stages import Joined, MainStep, frozen_statistics, pretrain, pretraining_loss, refresh
 from medaug.training.classifier import ClassifierRecipe, LabelledImages, predict_logits, seeded
+from medaug.training.softmatch import SoftMatch
+from medaug.training.steps import EndlessOrder
+from medaug.training.teacher import Teacher, check_origin, teacher_from_checkpoint
+from medaug.transforms.views import Views
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On images of 16 pixels a second thread gains nothing, and on a busy machine it waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 QUICK = ClassifierRecipe(num_steps=12, batch_size=8, learning_rate=3e-3, evaluate_every=6)
 
@@ -26,13 +41,13 @@ QUICK = ClassifierRecipe(num_steps=12, batch_size=8, learning_rate=3e-3, evaluat
 class Squares(Dataset[dict[str, Any]]):
     """A bright square whose size tells the class, on noise; some labels are another class's."""
 
-    def __init__(self, count: int, seed: int, noise: float = 0.0, classes: int = 3) -> None:
+    def __init__(self, count: int, seed: int, noise: float = 0.0, classes: int = 3, size: int = 16) -> None:
         draw = np.random.default_rng(seed)
         self.truth = np.arange(count) % classes
         self.labels = np.where(draw.random(count) < noise, (self.truth + 1) % classes, self.truth)
         self.images = []
         for label in self.truth:
-            image = 0.3 * draw.standard_normal((1, 16, 16)) - 0.5
+            image = 0.3 * draw.standard_normal((1, size, size)) - 0.5
             image[:, 4 : 6 + 3 * label, 4 : 6 + 3 * label] += 1
             self.images.append(torch.from_numpy(image.clip(-1, 1).astype(np.float32)))
 
@@ -56,7 +71,7 @@ def run(amst=None, recipe=QUICK, candidates=24, noise=0.0, **options):
 
 
 def test_labels_beat_the_seeds_under_planted_noise_and_the_network_learns():
-    recipe = ClassifierRecipe(num_steps=150, batch_size=16, learning_rate=3e-3, evaluate_every=50)
+    recipe = ClassifierRecipe(num_steps=100, batch_size=16, learning_rate=3e-3, evaluate_every=50)
     network, synthetic, test = fresh(), Squares(60, 1, noise=0.3), Squares(60, 3)
     result = fit_amst(network, Squares(24, 0), synthetic, Squares(24, 2), recipe, AmstRecipe(quantile=0.7), key=("noise",))
     yes = result.labels.accepted
@@ -221,7 +236,7 @@ def test_teacher_labels_and_those_it_is_unsure_of_stay_unlabelled():
 def test_teacher_from_a_checkpoint(tmp_path, make_cohort):
     cohort = make_cohort(tmp_path / "c", per_class=5, size=16)
     network = fresh()
-    save_weights(tmp_path / "ok.safetensors", network)
+    save_weights(tmp_path / "ok.safetensors", network, fit_metadata(cohort.groups("training")))
     teacher = teacher_from_checkpoint(tmp_path / "ok.safetensors", "simple_cnn", cohort)
     x = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(teacher.predict(x), torch.softmax(network.eval()(x), 1).detach())
@@ -230,6 +245,12 @@ def test_teacher_from_a_checkpoint(tmp_path, make_cohort):
     with pytest.raises(LeakageError, match=held_out) as caught:
         teacher_from_checkpoint(tmp_path / "leak.safetensors", "simple_cnn", cohort)
     assert caught.value.exit_code == 4
+    assert teacher.content()["fit_on"] == fit_sha256(cohort.groups("training")) and not teacher.trusted
+    save_weights(tmp_path / "elsewhere.safetensors", network)
+    with pytest.raises(LeakageError, match="fit-unknown.*does not say"):
+        teacher_from_checkpoint(tmp_path / "elsewhere.safetensors", "simple_cnn", cohort)
+    vouched = teacher_from_checkpoint(tmp_path / "elsewhere.safetensors", "simple_cnn", cohort, trusted=True)
+    assert vouched.trusted and vouched.content()["fit_groups"] is None
     save_weights(tmp_path / "four.safetensors", fresh(4))
     with pytest.raises(ConfigError, match="weights-classes"):
         teacher_from_checkpoint(tmp_path / "four.safetensors", "simple_cnn", cohort)
@@ -300,10 +321,165 @@ def test_reinitialised_training_starts_from_the_first_weights(monkeypatch):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_any_timm_backbone(name):
+    size = 16 if name == "test_resnet" else 32
     with seeded("timm"):
-        network = build_network(name, 3, 1, 16 if name == "test_resnet" else 32)
-    if name == "test_vit":
-        assert feature_dimension(network, 1, 32) == penultimate(network, torch.zeros(1, 1, 32, 32)).shape[1]
-        return
-    _, result = run(AmstRecipe(quantile=0.5), network=network)
-    assert result.rounds[0]["scored"] == 24
+        network = build_network(name, 3, 1, size)
+    before = {key: value.clone() for key, value in network.named_parameters()}
+    sets = [Squares(count, seed, size=size) for count, seed in ((12, 0), (12, 1), (9, 2))]
+    result = fit_amst(network, *sets, QUICK, AmstRecipe(quantile=0.5), key=("timm",))
+    assert result.rounds[0]["scored"] == 12 and result.rounds[0]["mean_lambda"] > 0
+    still = [key for key, value in network.named_parameters() if torch.equal(before[key], value)]
+    assert still == []  # every layer, the main head included, has learnt
+
+
+def test_an_origin_is_known_unknown_or_held_out(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "c", per_class=5, size=16)
+    training = sorted(cohort.groups("training"))
+    assert not check_origin(training, cohort, "it") and not check_origin((), cohort, "it")
+    for groups in (None, [*training, "of-another-cohort"]):
+        with pytest.raises(LeakageError, match="fit-unknown") as caught:
+            check_origin(groups, cohort, "it")
+        assert caught.value.exit_code == 4
+        assert check_origin(groups, cohort, "it", trusted=True)
+    with pytest.raises(LeakageError, match="fit-on-held-out"):  # a word does not undo what is known
+        check_origin([sorted(cohort.groups("test"))[0]], cohort, "it", trusted=True)
+
+
+def views_of(batch: torch.Tensor, keys: list) -> dict[str, torch.Tensor]:
+    return {"plain": batch, "weak": Views().weak(batch, keys), "strong": Views().strong(batch, keys)}
+
+
+def names_of(seen: torch.Tensor, views: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, images in views.items() if images.shape == seen.shape and torch.equal(images, seen)]
+
+
+def watched(network, monkeypatch) -> list[tuple[torch.Tensor, bool, bool]]:
+    """Whatever goes through the backbone from now on: the images, training mode, gradient."""
+    seen = []
+    original = network.forward_features
+    monkeypatch.setattr(
+        network,
+        "forward_features",
+        lambda x: seen.append((x.detach().clone(), network.training, torch.is_grad_enabled())) or original(x),
+    )
+    return seen
+
+
+@pytest.mark.parametrize("stage", [pretrain, refresh])
+def test_each_auxiliary_head_learns_from_its_own_view(stage, monkeypatch):
+    """Stage 1 and the refresh: two views of the same images; heads of the weak view get its features, strong ones theirs."""
+    network, real = fresh(), LabelledImages(Squares(12, 0))
+    heads = make_heads(network, AmstRecipe(), 3, 1, 16, ("h",))
+    seen, features = watched(network, monkeypatch), {}
+    original, amst_stages_penultimate = heads.logits, amst_stages.penultimate
+    outputs = []
+    monkeypatch.setattr(amst_stages, "penultimate", lambda *given: outputs.append(amst_stages_penultimate(*given)) or outputs[-1])
+    monkeypatch.setattr(heads, "logits", lambda view, given: features.update({view: given}) or original(view, given))
+    stage(network, heads, real, QUICK, AmstRecipe(), 1, key=("p",))
+    plain, _ = real.batch(EndlessOrder(np.arange(12), ("p", "real")).take(0, 8))
+    expected = views_of(plain, [("p", "view", 0, position) for position in range(8)])
+    assert [names_of(images, expected) for images, _, _ in seen] == [["weak"], ["strong"]]
+    assert features["weak"] is outputs[0] and features["strong"] is outputs[1]
+    assert [(training, gradient) for _, training, gradient in seen] == [(stage is pretrain, stage is pretrain)] * 2
+
+
+def main_step(network, num_steps=4):
+    pool = Joined(LabelledImages(Squares(12, 0)), LabelledImages(Squares(12, 1)))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    labelled, rest = np.arange(12), np.arange(12, 24)
+    targets = torch.from_numpy(np.arange(24) % 3)
+    step = MainStep(
+        network, optimiser, pool, lambda s: labelled[:8], targets, rest, QUICK, AmstRecipe(), num_steps, num_steps, ("m",)
+    )
+    order = EndlessOrder(rest, ("m", "unlabelled"))
+    return step, pool.batch(labelled[:8]), lambda s: pool.batch(order.take(8 * s, 8))
+
+
+def test_stage_three_shows_every_part_its_own_view_in_its_own_mode(monkeypatch):
+    """Labelled: weak, in training. Unlabelled: weak, as at inference and without gradient, then strong, in training."""
+    network = fresh()
+    step, labelled, unlabelled = main_step(network)
+    seen = watched(network, monkeypatch)
+    step(0)
+    known = views_of(labelled, [("m", "labelled", 0, position) for position in range(8)])
+    rest = views_of(unlabelled(0), [("m", "unlabelled", 0, position) for position in range(8)])
+    assert names_of(seen[0][0], known) == ["weak"]
+    assert [names_of(images, rest) for images, _, _ in seen[1:]] == [["weak"], ["strong"]]
+    assert [(training, gradient) for _, training, gradient in seen] == [(True, True), (False, False), (True, True)]
+    assert (step.image_passes, step.forward_passes) == (16, 8)
+
+
+def running(network) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
+
+
+def test_only_the_labelled_batch_moves_the_running_statistics():
+    """One step of stage 3 leaves the statistics that the labelled batch alone leaves; in stage 1, the weak view alone."""
+    network, alone = fresh(), fresh()
+    step, labelled, _ = main_step(network)
+    step(0)
+    alone.train()(Views().weak(labelled, [("m", "labelled", 0, position) for position in range(8)]))
+    for key, value in running(alone).items():
+        torch.testing.assert_close(running(network)[key], value, msg=key)
+    assert not torch.equal(running(network)["features.1.running_mean"], running(fresh())["features.1.running_mean"])
+
+    network, alone, real = fresh(), fresh(), LabelledImages(Squares(12, 0))
+    pretrain(network, make_heads(network, AmstRecipe(), 3, 1, 16, ("h",)), real, QUICK, AmstRecipe(), 1, key=("p",))
+    plain, _ = real.batch(EndlessOrder(np.arange(12), ("p", "real")).take(0, 8))
+    alone.train()(Views().weak(plain, [("p", "view", 0, position) for position in range(8)]))
+    for key, value in running(alone).items():
+        torch.testing.assert_close(running(network)[key], value, msg=key)
+
+
+def test_a_round_has_one_softmatch_that_remembers(monkeypatch):
+    made, called = [], []
+    original, call = SoftMatch.__init__, SoftMatch.__call__
+    monkeypatch.setattr(
+        SoftMatch, "__init__", lambda self, *args, **options: original(self, *args, **options) or made.append(self)
+    )
+    monkeypatch.setattr(SoftMatch, "__call__", lambda self, probs: called.append((self, self.mean)) or call(self, probs))
+    step, _, _ = main_step(fresh(), num_steps=20)
+    made.clear()
+    for index in range(4):
+        step(index)
+    assert len(made) == 1 and {id(owner) for owner, _ in called} == {id(made[0])}
+    means = [mean for _, mean in called]
+    assert means[0] == pytest.approx(1 / 3) and len(set(means)) == 4  # every step goes on from the last
+    called.clear()
+    run(AmstRecipe(quantile=0.5, rounds=2))
+    assert len({id(owner) for owner, _ in called}) == 2  # and every round starts anew
+
+
+def test_weights_tell_images_apart_in_a_short_run_and_the_papers_momentum_is_noted():
+    """With 0.999 the variance stays near its start of 1 for hundreds of steps, and every weight near 1."""
+    recipe = ClassifierRecipe(num_steps=70, batch_size=8, learning_rate=3e-3, evaluate_every=70)
+    _, short = run(AmstRecipe(quantile=0.5), recipe)
+    report = short.rounds[-1]
+    assert report["min_lambda"] < 0.5 and report["min_lambda"] < report["mean_lambda"] < 0.99
+    assert not any("amst-softmatch-inert" in note for note in short.notes)
+    _, paper = run(AmstRecipe(quantile=0.5, momentum=0.999), recipe)
+    assert paper.rounds[-1]["mean_lambda"] > 0.99
+    assert [note for note in paper.notes if note.startswith("amst-softmatch-inert") and "plain pseudo-labelling" in note]
+
+
+def test_unlabelled_images_that_are_already_there_are_left_out():
+    real, candidates, new = Squares(12, 0), Squares(24, 1), Squares(5, 9)
+    mixed = torch.utils.data.ConcatDataset([real, new, torch.utils.data.Subset(candidates, [3, 4])])
+    _, result = run(AmstRecipe(quantile=0.5), unlabelled=mixed)
+    _, clean = run(AmstRecipe(quantile=0.5), unlabelled=new)
+    assert result.repeated == 12 + 2 and result.report()["unlabelled_repeated"] == 14
+    assert any(note.startswith("amst-unlabelled-repeated: 14 ") for note in result.notes)
+    assert result.rounds == clean.rounds and clean.repeated == 0
+    _, nothing = run(amst_recipe("amst-seed_label"), unlabelled=candidates)
+    assert nothing.rounds[0]["unlabelled"] == 0 and nothing.repeated == 24
+
+
+def test_image_passes_are_what_went_through_the_backbone(monkeypatch):
+    network = fresh()
+    seen = watched(network, monkeypatch)
+    amst = AmstRecipe(rounds=2, quantile=0.5, pretraining_share=0.25)
+    result = fit_amst(network, Squares(12, 0), Squares(24, 1), None, QUICK, amst, key=("t",))
+    with_gradient = sum(len(images) for images, _, gradient in seen if gradient)
+    without = sum(len(images) for images, _, gradient in seen if not gradient)
+    assert result.image_passes == with_gradient == 3 * 16 + 7 * 16
+    assert result.forward_passes == without - 1 == 2 * 24 + 2 * 16 + 7 * 8  # the one finds the length of the features

@@ -16,7 +16,7 @@ from medaug.networks.grading import build_network, penultimate
 from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
 from medaug.training.amst_stages import consistency_loss
 from medaug.training.pseudo_labels import HISTOGRAM_EDGES, HeadScores, accept, head_scores, label_report, score_batches
-from medaug.training.softmatch import SoftMatch, truncated_gaussian
+from medaug.training.softmatch import SoftMatch, momentum_for, truncated_gaussian
 from medaug.transforms.views import Views
 
 
@@ -51,6 +51,17 @@ def test_softmatch_updates_before_it_weighs_and_with_the_unbiased_variance():
     before = weigh.variance
     weigh(probs[:1])  # one image has no unbiased variance
     assert weigh.variance == before and math.isfinite(weigh.mean)
+
+
+def test_the_default_momentum_follows_the_steps_of_the_round():
+    steps = (1, 10, 20, 350, 10_000, 1_000_000)
+    assert [momentum_for(count) for count in steps] == pytest.approx([0, 0, 0.5, 0.97142857, 0.999, 0.999])
+    weigh = AmstRecipe().softmatch(2, 20)
+    weigh(torch.tensor([[0.9, 0.1], [0.7, 0.3]], dtype=torch.float64))
+    assert weigh.mean == pytest.approx(0.5 * 0.5 + 0.5 * 0.8)
+    given = AmstRecipe(momentum=0.999).softmatch(2, 20)
+    given(torch.tensor([[0.9, 0.1], [0.7, 0.3]], dtype=torch.float64))
+    assert given.mean == pytest.approx(0.999 * 0.5 + 0.001 * 0.8)
 
 
 def test_uniform_alignment_lifts_the_class_that_is_rarely_predicted():

@@ -111,25 +111,25 @@ def test_labelled_images_keep_sixteen_bits_and_select_shares_them():
 
 def test_every_epoch_is_a_permutation_and_batches_are_full():
     recipe = ClassifierRecipe(num_steps=1, batch_size=4)
-    batch = classifier._batches(10, recipe, ("k",), None)
+    batch = classifier.batch_indices(10, recipe, ("k",), None)
     order = np.concatenate([batch(step) for step in range(5)])
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10].tolist() != order[10:].tolist()
-    assert np.array_equal(classifier._batches(10, recipe, ("k",), None)(3), order[12:16])  # any step without the ones before
+    assert np.array_equal(classifier.batch_indices(10, recipe, ("k",), None)(3), order[12:16])  # any step without the ones before
 
 
 def test_real_share_holds_in_every_batch():
     synthetic = np.arange(40) >= 4
-    batch = classifier._batches(40, ClassifierRecipe(num_steps=1, batch_size=8, real_share=0.5), ("k",), synthetic)
+    batch = classifier.batch_indices(40, ClassifierRecipe(num_steps=1, batch_size=8, real_share=0.5), ("k",), synthetic)
     for step in range(6):
         assert (~synthetic[batch(step)]).sum() == 4
-    natural = classifier._batches(40, ClassifierRecipe(num_steps=1, batch_size=8), ("k",), synthetic)
+    natural = classifier.batch_indices(40, ClassifierRecipe(num_steps=1, batch_size=8), ("k",), synthetic)
     assert (~synthetic[np.concatenate([natural(step) for step in range(5)])]).sum() == 4
 
 
 def test_rate_warms_up_and_falls_to_nearly_nothing():
     recipe = ClassifierRecipe(num_steps=100, warmup_fraction=0.1)
-    rates = [classifier._rate(step, recipe) for step in range(100)]
+    rates = [classifier.rate_factor(step, recipe) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1 and rates[55] == pytest.approx(0.5) and 0 < rates[99] < 0.001
 
 

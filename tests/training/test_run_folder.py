@@ -14,6 +14,7 @@ from medaug import storage
 from medaug.cohort import Cohort, fit_sha256
 from medaug.errors import ConfigError, DataError
 from medaug.networks.build import build_guided_unet
+from medaug.networks.weights import read_metadata
 from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE, RunRecord, load_network, new_record, read_run, write_run
 
 SETTINGS: dict[str, Any] = {
@@ -38,6 +39,7 @@ def test_run_round_trip(cohort: Cohort, run: tuple[Path, RunRecord, torch.nn.Mod
     assert read_run(folder) == record
     assert record.weights_sha256 == storage.sha256_file(folder / WEIGHTS_FILE)
     assert (record.iterations, record.seed, record.bundle, record.classes) == (12, 5, "b", cohort.classes)
+    assert json.loads(read_metadata(folder / WEIGHTS_FILE)["fit_groups"]) == list(record.fit_groups)
     loaded = load_network(folder, record, cohort.classes)
     assert not loaded.training
     for name, value in network.state_dict().items():

@@ -11,6 +11,7 @@ from medaug.networks.amst import (
     ONE_HEAD,
     AuxiliaryHeads,
     feature_dimension,
+    fit_metadata,
     load_backbone,
     main_head,
     mc_probabilities,
@@ -121,6 +122,15 @@ def test_checkpoint_of_the_same_classes_is_taken_whole(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+def test_a_network_beside_its_heads_is_taken_and_says_what_it_saw(tmp_path):
+    network, heads = network_and_heads()
+    both = torch.nn.ModuleDict({"network": network, "heads": heads})
+    save_weights(tmp_path / "w.safetensors", both, fit_metadata(["g2", "g1", "g2"]))
+    other = build_network("simple_cnn", 3, 1, 16)
+    assert load_backbone(tmp_path / "w.safetensors", other) == ("g1", "g2")
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 def test_checkpoint_of_another_class_count_is_refused_or_keeps_its_backbone(tmp_path):
     network = build_network("simple_cnn", 7, 1, 16)
     save_weights(tmp_path / "w.safetensors", network)
@@ -130,7 +140,7 @@ def test_checkpoint_of_another_class_count_is_refused_or_keeps_its_backbone(tmp_
         load_backbone(tmp_path / "w.safetensors", other)
     assert (caught.value.code, caught.value.exit_code) == ("weights-classes", 2)
     assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
-    assert load_backbone(tmp_path / "w.safetensors", other, replace_head=True) == ()
+    assert load_backbone(tmp_path / "w.safetensors", other, replace_head=True) is None  # unknown, which is not "no group"
     assert torch.equal(other.features[0].weight, network.features[0].weight)
     assert torch.equal(other.classifier.weight, before["classifier.weight"])
 

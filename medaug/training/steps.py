@@ -1,0 +1,81 @@
+"""What every classifier training shares, step by step: the keyed order of images, the learning rate, the class weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medaug.draws import numpy_generator
+
+if TYPE_CHECKING:
+    from medaug.training.classifier import ClassifierRecipe
+
+Key = tuple[Hashable, ...]
+
+__all__ = ["EndlessOrder", "batch_indices", "class_weights", "rate_factor"]
+
+
+class EndlessOrder:
+    """Position of every training image in the endless, keyed order: epoch after epoch, each one a permutation.
+
+    Args:
+        pool: (N,) numbers of the images, at least one.
+        key: of the permutations.
+    """
+
+    def __init__(self, pool: np.ndarray, key: Key) -> None:
+        self._pool, self._key, self._epoch = pool, key, -1
+        self._permutation = pool
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Entries start .. start + count - 1 of the order, (count,) int64."""
+        return np.array([self._at(place) for place in range(start, start + count)], dtype=np.int64)
+
+    def _at(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self._pool))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = numpy_generator(*self._key, "order", epoch).permutation(self._pool)
+        return int(self._permutation[offset])
+
+
+def batch_indices(size: int, recipe: ClassifierRecipe, key: Key, synthetic: np.ndarray | None) -> Callable[[int], np.ndarray]:
+    """The function step -> indices (B,) of its batch; any step can be asked for without the ones before.
+
+    Args:
+        size: number of training images.
+        recipe: its `batch_size`, and its `real_share` if there are both real and synthetic images.
+        key: of the order.
+        synthetic: (size,) flags, needed by `real_share` alone.
+    """
+    everything = np.arange(size)
+    mixed = synthetic is not None and recipe.real_share is not None and 0 < int(synthetic.sum()) < size
+    if not mixed or synthetic is None or recipe.real_share is None:
+        order = EndlessOrder(everything, key)
+        return lambda step: order.take(step * recipe.batch_size, recipe.batch_size)
+    num_real = round(recipe.batch_size * recipe.real_share)
+    num_synthetic = recipe.batch_size - num_real
+    real_order = EndlessOrder(everything[~synthetic], (*key, "real"))
+    synthetic_order = EndlessOrder(everything[synthetic], (*key, "synthetic"))
+    return lambda step: np.concatenate(
+        [real_order.take(step * num_real, num_real), synthetic_order.take(step * num_synthetic, num_synthetic)]
+    )
+
+
+def rate_factor(step: int, recipe: ClassifierRecipe) -> float:
+    """Factor on the learning rate at 0-based `step`: linear warm-up, then half a cosine that would reach 0 at num_steps."""
+    warmup = round(recipe.warmup_fraction * recipe.num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(recipe.num_steps - warmup, 1)))
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Weights (K,) of the loss, inverse to the class frequency of labels (N,), 1 where classes are even."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.from_numpy(len(labels) / (num_classes * np.maximum(counts, 1))).float()
