@@ -47,17 +47,18 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
         profile: name of a profile, or a YAML file; None for the bundle's own values.
 
     Raises:
-        ConfigError: unknown bundle or profile; a file that is not a YAML mapping; a profile key that no stage knows.
+        ConfigError: unknown bundle or profile; a file that is not a YAML mapping; a profile key that no stage of it and of no shipped bundle knows. One profile
+            serves several bundles: a key of another one is passed over.
     """
     root = assets.bundle_root(bundle)
     config = read_yaml(root / "configs" / STAGES[stage])
     if profile is not None:
         overlay = read_yaml(assets.profile_path(profile))
-        known = set(PROFILE_SECTIONS).union(
-            *(read_yaml(root / "configs" / name) for name in STAGES.values() if (root / "configs" / name).is_file())
-        )
-        for key in overlay:
-            if key.lstrip("+") not in known:
+        known = _known_keys(root).union(PROFILE_SECTIONS)
+        strange = [key for key in overlay if key.lstrip("+") not in known]
+        elsewhere = set().union(*(_known_keys(assets.bundle_root(name)) for name in assets.list_bundles())) if strange else set()
+        for key in strange:
+            if key.lstrip("+") not in elsewhere:
                 raise _unknown(f"Profile key {key!r}", key, known)
         for key, value in overlay.items():
             if key.lstrip("+") in config:
@@ -65,6 +66,12 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
                     _check_kind(key, config[key], value)
                 _lay_over(config, key, value)
     return config
+
+
+def _known_keys(root: Path) -> set[str]:
+    """Top-level keys of all stages of a bundle."""
+    files = [root / "configs" / name for name in STAGES.values()]
+    return set().union(*(read_yaml(file) for file in files if file.is_file()))
 
 
 def _lay_over(config: dict[str, Any], key: str, value: Any) -> None:

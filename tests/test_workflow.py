@@ -53,6 +53,26 @@ def test_unknown_profile_key_is_refused_with_a_hint(tmp_path: Path) -> None:
         load_config("guided_ddpm", "training", str(tmp_path / "p.yaml"))
 
 
+def test_profile_key_of_another_shipped_bundle_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("condition_dropout: 0.3\n+weighting_settings: {a: 1}\n")
+    guided, sdedit = (load_config(bundle, "training", str(tmp_path / "p.yaml")) for bundle in ("guided_ddpm", "sdedit"))
+    assert guided == load_config("guided_ddpm", "training") | {"condition_dropout": 0.3}
+    assert "condition_dropout" not in sdedit and sdedit["weighting_settings"]["a"] == 1
+
+
+@pytest.mark.parametrize("bundle", assets.list_bundles())
+def test_profile_key_that_no_bundle_knows_is_refused_by_each(bundle: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("weighting_setting: null\n")
+    with pytest.raises(ConfigError, match="config-key-unknown.*weighting_setting"):
+        load_config(bundle, "training", str(tmp_path / "p.yaml"))
+
+
+def test_a_copied_bundle_takes_the_shipped_profiles(tmp_path: Path) -> None:
+    for bundle in assets.list_bundles():
+        copy = assets.copy_bundle(bundle, tmp_path / bundle)
+        assert load_config(str(copy), "training", "cpu32") == load_config(bundle, "training", "cpu32")
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [

@@ -2,7 +2,7 @@
 
 from medaug.diffusion.guidance import GradientGuidance, classifier_free, classifier_free_noise, score_guided_noise
 from medaug.diffusion.inversion import Replay, Trajectory, cycle_inversion, ddim_inversion, start_timesteps
-from medaug.diffusion.objective import P2, WEIGHTINGS, EDMWeight, MinSNR, Uniform
+from medaug.diffusion.objective import P2, WEIGHTINGS, EDMWeight, MinSNR, Uniform, with_weighting
 from medaug.diffusion.parameterisation import (
     EDM,
     PARAMETERISATIONS,
@@ -67,5 +67,6 @@ __all__ = [
     "score_guided_noise",
     "spaced_timesteps",
     "start_timesteps",
+    "with_weighting",
     "x_0_from_noise",
 ]

@@ -8,8 +8,9 @@ the network predicts: at fixed x_t, |eps err|^2 = SNR |x_0 err|^2 = abar |v err|
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,3 +91,32 @@ WEIGHTINGS: dict[str, type[Uniform] | type[P2] | type[MinSNR] | type[EDMWeight]]
     "min_snr": MinSNR,
     "edm": EDMWeight,
 }
+
+
+def with_weighting(diffusion: Mapping[str, Any], weighting: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Plain diffusion settings with a weighting laid over them; at most one weighting, and none but its own over EDM.
+
+    P2, MinSNR and uniform weights are meant for t uniform over the timesteps. EDM draws ln(s) from a normal distribution and has the
+    weight that fits it: another one over that is the loss of neither paper.
+
+    Args:
+        diffusion: ``parameterisation``, ``schedule`` and so on, perhaps with a ``weighting`` of its own.
+        weighting: ``weighting`` and ``weighting_options``; None or empty lays nothing over.
+
+    Raises:
+        ConfigError: two weightings (code `weighting-twice`), or one that is not EDM's over EDM (code `weighting-edm`).
+    """
+    first, second = diffusion.get("weighting"), (weighting or {}).get("weighting")
+    if first is not None and second is not None:
+        raise ConfigError(
+            "weighting-twice",
+            f"The diffusion settings ask for the weighting {first!r} and weighting_settings for {second!r}; give one of them.",
+        )
+    chosen = second if first is None else first
+    if diffusion.get("parameterisation") == "edm" and chosen not in (None, "edm"):
+        raise ConfigError(
+            "weighting-edm",
+            f"EDM trains with its own weighting, got {chosen!r} over it; set weighting_settings to null, or the parameterisation to "
+            "epsilon, sample or v_prediction.",
+        )
+    return {**diffusion, **(weighting or {})}

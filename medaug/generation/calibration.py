@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import io
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ from medaug.transforms.prepare import restore
 
 RESULT_FILE, PLOT_FILE, STRIPS_FILE = "calibration.json", "calibration.png", "strips.png"
 STRIPS = 8  # seed images shown
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Calibration:
         cohort: real cohort the run was trained on.
         record: the run's record.
         network: the run's network, in evaluation mode.
-        sampler: everything but its scale is used; `apply` sets that.
+        sampler: everything but its scale is used.
         output_dir: ``calibration.json``, ``calibration.png`` (the curve), ``strips.png`` (seed images and their variations), ``judge/``.
         seed: of the choice of seed images and of the judge.
         batch_size: variations per batch.
@@ -144,13 +146,15 @@ class Calibration:
                 f"{self.num_seeds} and {self.least_agreement}.",
             )
 
-    def apply(self) -> float:
-        """Run, or read the result, and set the sampler's scale to the chosen one, which is returned."""
-        self.sampler.scale = self.run()["scale"]
-        return self.sampler.scale
+    def apply(self, evaluator: Any) -> float:
+        """Run, or read the result, and give the evaluator a sampler with the chosen scale, which is returned."""
+        scale = float(self.run()["scale"])
+        evaluator.inferer = replace(self.sampler, scale=scale)
+        return scale
 
     def run(self) -> dict[str, Any]:
-        """The result: ``scale``, ``rows``, ``weak_distance``, ``bottleneck_std`` over t, facts of the judge.
+        """The result: ``scale``, ``rows``, ``weak_distance``, ``bottleneck_std`` over t, facts of the judge, and
+        ``reconstruction_error``: by how much scale 0 misses the seed images (images in [-1, 1], mean and max of the absolute value).
 
         Raises:
             DataError: no scale passes (codes of `choose_scale`); the curve is written first.
@@ -180,7 +184,7 @@ class Calibration:
         return dict(result)
 
     def _identity(self) -> list[Any]:
-        sampler = {name: value for name, value in self.sampler.settings().items() if name != "scale"}
+        sampler = _without_scale(self.sampler)
         pilot = [list(self.scales), self.num_seeds, self.least_agreement, dict(self.recipe), self.seed]
         return [self.record.weights_sha256, self.cohort.content_sha256, sampler, pilot]
 
@@ -193,6 +197,7 @@ class Calibration:
         scales = [0.0, *sorted(float(scale) for scale in self.scales)]
         spread: dict[int, list[float]] = {}
         seeds, varied, cases = self._vary(dataset, scales, spread)
+        missed = (varied[0] - seeds).abs()
         rows = [measure(scale, images, seeds, cases, judge, ruler) for scale, images in zip(scales, varied, strict=True)]
         keys = [("calibration", self.seed, case.reference.id) for case in cases]
         weak_distance = float(np.median(feature_distances(judge, seeds, apply_policy("weak", seeds, keys))))
@@ -208,6 +213,8 @@ class Calibration:
             "least_agreement": self.least_agreement,
             "seed_images": len(cases),
             "bottleneck_std": [{"t": t, "std": float(np.mean(values))} for t, values in sorted(spread.items(), reverse=True)],
+            "reconstruction_error": {"mean": float(missed.mean()), "max": float(missed.max())},
+            "sampler": _without_scale(self.sampler),
             "judge_validation": judge.facts.get("validation"),
             "weights_sha256": self.record.weights_sha256,
         }
@@ -223,7 +230,7 @@ class Calibration:
         self, dataset: VariationBatches, scales: Sequence[float], spread: dict[int, list[float]]
     ) -> tuple[Tensor, list[Tensor], list[PlannedCase]]:
         """Seed images (N, C, H, W), their variations per scale, and the planned cases; each seed image is inverted once."""
-        sampler = copy.copy(self.sampler)
+        samplers = [replace(self.sampler, scale=scale) for scale in scales]  # which share the inversions
 
         def watch(t: int, h: Tensor) -> None:
             spread.setdefault(t, []).append(float(h.flatten(1).std(dim=1, correction=0).mean()))
@@ -235,9 +242,9 @@ class Calibration:
             for batch in dataset:
                 cases += batch["cases"]
                 seeds += [batch["reference"](i) for i in range(len(batch["cases"]))]
-                for images, scale in zip(made, scales, strict=True):
-                    sampler.scale, sampler.watch = scale, watch if scale == 0 else None
-                    out = sampler(batch, self.network.eval()).cpu().float().clamp(-1, 1)
+                for images, sampler in zip(made, samplers, strict=True):
+                    seen = watch if sampler.scale == 0 else None
+                    out = sampler(batch, self.network.eval(), seen).cpu().float().clamp(-1, 1)
                     if not torch.isfinite(out).all():
                         raise DataError(
                             "sample-not-finite", "A variation holds NaN or infinite values; the weights are not usable."
@@ -257,6 +264,34 @@ def make_calibration(settings: Mapping[str, Any], **parts: Any) -> Calibration:
     if unknown := sorted(set(settings) - known):
         raise ConfigError("setting-unknown", f"Unknown calibration setting(s) {unknown}; known are {sorted(known)}.")
     return Calibration(**parts, **settings)
+
+
+def calibrated(sampler: VariationSampler, folder: Path, record: RunRecord) -> VariationSampler:
+    """The sampler with the scale that a calibration in `folder` chose; as it is, where none was chosen for this run and these settings.
+
+    Args:
+        sampler: its seed and its scale may differ from the calibration's.
+        folder: a calibration's output; it need not exist.
+        record: of the run.
+    """
+    path = Path(folder) / RESULT_FILE
+    result = storage.read_json(path) if path.is_file() else {}
+    if result.get("scale") is None:
+        return sampler
+    if result.get("weights_sha256") != record.weights_sha256:
+        _log.warning("The calibration beside this run is of other weights; the scale stays %g.", sampler.scale)
+        return sampler
+    ours, theirs = (
+        {k: v for k, v in facts.items() if k != "seed"} for facts in (_without_scale(sampler), result.get("sampler", {}))
+    )
+    if other := sorted(name for name in ours if ours[name] != theirs.get(name)):
+        _log.warning("The calibration beside this run is of another %s; the scale stays %g.", ", ".join(other), sampler.scale)
+        return sampler
+    return replace(sampler, scale=float(result["scale"]))
+
+
+def _without_scale(sampler: VariationSampler) -> dict[str, Any]:
+    return {name: value for name, value in sampler.settings().items() if name != "scale"}
 
 
 def measure(

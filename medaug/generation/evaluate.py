@@ -61,6 +61,8 @@ class EvaluationSession:
             samples, labels = self._sample()
             metrics = measure(samples, labels, self.cohort, judge)
             metrics["weights_sha256"] = self.record.weights_sha256
+            settings = self.evaluator.inferer.settings()
+            metrics |= {"scale": settings["scale"]} if "scale" in settings else {}  # of a perturbation
             storage.write_json(folder / METRICS_FILE, metrics)
             run.log_params({"weights_sha256": self.record.weights_sha256, "seed": self.seed})
             run.log_metrics({name: value for name, value in metrics.items() if isinstance(value, int | float)}, step=0)

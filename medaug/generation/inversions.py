@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from medaug.diffusion.inversion import Replay, Trajectory, cycle_inversion, ddim_inversion
 from medaug.diffusion.parameterisation import add_noise
@@ -130,3 +132,45 @@ INVERSIONS: dict[str, type[Cycle] | type[Deterministic] | type[Noised]] = {
     "ddim": Deterministic,
     "none": Noised,
 }
+
+
+@dataclass(eq=False)
+class InversionMemory:
+    """The inversion of one batch of seed images, for the next batch, which may hold more variations of the same ones.
+
+    It is met again only if all that decides it is the same: settings, objective, network and its weights, pixels.
+    """
+
+    _known: tuple[object, object, weakref.ref[nn.Module], object, Tensor] | None = None
+    _found: Trajectory | None = None
+
+    def recall(
+        self, facts: object, objective: object, network: nn.Module, x_0: Tensor, invert: Callable[[], Trajectory]
+    ) -> Trajectory:
+        """What `invert` returned for the same arguments the last time, else what it returns now.
+
+        Args:
+            facts: whatever else decides, compared by ==.
+            objective: compared as an object.
+            network: compared as an object and by `weights_state`; it is not kept alive.
+            x_0: seed images (B, C, H, W), compared pixel by pixel.
+            invert: makes the trajectory.
+        """
+        state = weights_state(network)
+        if self._known is not None and self._found is not None:
+            old_facts, old_objective, old_network, old_state, old_x_0 = self._known
+            same_parts = old_facts == facts and old_objective is objective and old_network() is network and old_state == state
+            if same_parts and old_x_0.device == x_0.device and torch.equal(old_x_0, x_0):
+                return self._found
+        self._known, self._found = None, invert()
+        self._known = (facts, objective, weakref.ref(network), state, x_0)
+        return self._found
+
+
+@torch.no_grad()
+def weights_state(network: nn.Module) -> tuple[object, ...]:
+    """What tells changed weights: place, version and norm of each parameter; a change through `.data` counts no version."""
+    parameters = [parameter.detach() for parameter in network.parameters()]
+    norms = torch.stack([parameter.float().norm() for parameter in parameters]).tolist()
+    versions = [None if parameter.is_inference() else parameter._version for parameter in parameters]
+    return tuple(zip((parameter.data_ptr() for parameter in parameters), versions, norms, strict=True))

@@ -5,6 +5,7 @@ DreamDA (Fu et al. 2024, arXiv 2403.12803, section 3.2). Without inversion and w
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,12 +22,13 @@ from medaug.diffusion.schedule import pairs, spaced_timesteps
 from medaug.draws import randn_batch
 from medaug.errors import ConfigError
 from medaug.generation.denoiser import ConditionalDenoiser
-from medaug.generation.inversions import INVERSIONS, Draw, Inversion
+from medaug.generation.inversions import INVERSIONS, Draw, Inversion, InversionMemory
 from medaug.generation.plan import PlannedCase
 from medaug.networks.guided_unet import AfterBlock, Encoded, GuidedUNet
 from medaug.training.diffusion import NoiseObjective, build_objective, choose
 
 GRID = ("num_inference_steps", "spacing", "sigma_min", "sigma_max", "guidance_scale")
+Watch = Callable[[int, Tensor], None]  # (t, output of the middle block)
 Second = Callable[[GuidedUNet, Encoded, Callable[[AfterBlock], Encoded], AfterBlock], Tensor]
 
 _log = logging.getLogger(__name__)
@@ -47,9 +49,11 @@ def _decoder(network: GuidedUNet, encoded: Encoded, again: Callable[[AfterBlock]
 SECOND_PASSES: dict[str, Second] = dict(zip(NETWORK_LOCATIONS, (_bottleneck, _encoder, _decoder), strict=True))
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class VariationSampler:
     """Variations of seed images. The `inferer` of the bundles `bottleneck_perturbation` and `sdedit`.
+
+    It does not change: `dataclasses.replace` makes another one, checks it, and hands on the inversions made so far.
 
     Attributes:
         objective: parameterisation and schedule the network was trained with, or their plain settings.
@@ -60,8 +64,11 @@ class VariationSampler:
         inversion_options: its arguments: ``eta`` (cycle, ddim), ``refinements`` (ddim), ``step`` and ``step_options`` (none).
         strength: share of the grid that is run, in [0, 1]; 0 gives the seed image back.
         scale, mode, location, terms, cfg_noise, skip_last, window: of `Perturbation`.
-        clip: cut each predicted x_0 to [-1, 1] on the way back, never in the inversion.
+        clip: cut each predicted x_0 to [-1, 1] on the way back, never in the inversion; not with "cycle", which would no longer
+            lead back to the seed image.
         seed: with the id of an image it decides every draw; with the id of a seed image those of its inversion.
+        memory: of the last inversion; no setting.
+        timesteps: those of the grid that are run, descending.
 
     Raises:
         ConfigError: an unknown name or option, or a value out of range.
@@ -85,22 +92,30 @@ class VariationSampler:
     window: Sequence[int] | None = None
     clip: bool = False
     seed: int = 0
+    memory: InversionMemory = field(default_factory=InversionMemory, repr=False)
+    timesteps: tuple[int, ...] = field(init=False, repr=False)
+    inverter: Inversion = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.objective, Mapping):
-            self.objective = build_objective(self.objective)
-        grid = spaced_timesteps(self.objective.schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
-        self.timesteps = start_timesteps(grid, self.strength)
+        objective = build_objective(self.objective) if isinstance(self.objective, Mapping) else self.objective
+        grid = spaced_timesteps(objective.schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
+        options = copy.deepcopy(dict(self.inversion_options))
+        derived = {
+            "objective": objective,
+            "inversion_options": options,
+            "window": None if self.window is None else tuple(self.window),
+            "timesteps": tuple(start_timesteps(grid, self.strength)),
+            "inverter": choose("inversion", INVERSIONS, self.inversion, options),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
         if not self.timesteps:
             _log.warning("strength %s of %d steps runs no step: variations are their seed images.", self.strength, len(grid))
-        self.inverter: Inversion = choose("inversion", INVERSIONS, self.inversion, self.inversion_options)
-        self.watch: Callable[[int, Tensor], None] | None = None  # (t, output of the middle block), for a calibration
-        self._kept: tuple[object, Trajectory] | None = None
         self._check_step(self.perturbation)
 
     @property
     def perturbation(self) -> Perturbation:
-        """Where, when and how strongly; follows `scale` when a calibration sets it."""
+        """Where, when and how strongly."""
         window = None if self.window is None else (int(self.window[0]), int(self.window[-1]))
         return Perturbation(self.scale, self.mode, self.location, self.terms, self.cfg_noise, self.skip_last, window)
 
@@ -112,12 +127,18 @@ class VariationSampler:
                 "Perturbing the predicted x_0 alone needs a step that has a direction term of its own: set the step to ddim, "
                 "or terms to both.",
             )
+        if self.clip and self.inversion == "cycle":
+            raise ConfigError(
+                "clip-inversion",
+                "Clipping on the way back undoes the exact reconstruction of the inversion cycle: set clip to false, or inversion "
+                "to ddim or none.",
+            )
 
     def settings(self) -> dict[str, Any]:
         """What a lineage records of the sampler."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "objective"}
+        values = {name: getattr(self, name) for name in (*SETTINGS, "seed")}
         values["window"] = None if self.window is None else list(self.window)
-        return values | {"inversion_options": dict(self.inversion_options)}
+        return values | {"inversion_options": copy.deepcopy(dict(self.inversion_options))}
 
     keeps_geometry = True  # a variation lies where its seed image lies
 
@@ -133,35 +154,23 @@ class VariationSampler:
         }
 
     @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet) -> Tensor:
-        """Sample one variation per entry; seed images that occur several times are inverted once.
+    def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet, watch: Watch | None = None) -> Tensor:
+        """Sample one variation per entry; a seed image that occurs several times with one label is inverted once.
 
         Args:
             inputs: ``id`` (list of str: keys of the noise), ``label`` (B,), ``reference_id`` (list of str: the seed images)
-                and ``reference`` (callable i -> (C, H, W) tensor in [-1, 1]). Entries of one seed image have its label.
+                and ``reference`` (callable i -> (C, H, W) tensor in [-1, 1]).
             network: in evaluation mode.
+            watch: called at every step of the way back with t and the unperturbed output of the middle block.
 
         Returns:
             Images (B, C, H, W), about [-1, 1].
         """
         objective = self.objective
         assert isinstance(objective, NoiseObjective)
-        schedule, weight = objective.schedule, next(network.parameters())
-        ids, seeds = list(inputs["id"]), list(dict.fromkeys(inputs["reference_id"]))
-        entries = [list(inputs["reference_id"]).index(name) for name in seeds]
-        of_seed = torch.tensor([seeds.index(name) for name in inputs["reference_id"]])
+        schedule, weight, ids = objective.schedule, next(network.parameters()), list(inputs["id"])
         labels = torch.as_tensor(inputs["label"], device=weight.device) if network.num_classes is not None else None
-
-        def denoiser(labels: Tensor | None) -> ConditionalDenoiser:
-            return ConditionalDenoiser(network, objective, labels, guidance_scale=self.guidance_scale)
-
-        def invert() -> Trajectory:
-            x_0 = torch.stack([inputs["reference"](i) for i in entries]).to(weight)
-            plain = denoiser(None if labels is None else labels[entries])
-            return self.inverter.invert(plain, x_0, self.timesteps, schedule, self._draw(x_0, seeds))
-
-        key = (id(network), tuple(seeds), None if labels is None else tuple(labels[entries].tolist()))
-        found = self._once(key, invert).select(of_seed.to(weight.device))
+        found = self._invert(inputs, network, labels)
         draw = self._draw(found.start, ids)
         x, step = self.inverter.begin(found, self.timesteps, schedule, draw)
         perturbation = self.perturbation
@@ -171,7 +180,8 @@ class VariationSampler:
         if on and self.location == "xt":
             step = PerturbedState(step, perturbation, lambda t: draw("perturbation-xt", t))
         if self.timesteps:
-            reverse = self._denoiser(denoiser(labels), ids, perturbation)
+            conditional = ConditionalDenoiser(network, objective, labels, guidance_scale=self.guidance_scale)
+            reverse = self._denoiser(conditional, ids, perturbation, watch)
             x = sample(reverse, x, self.timesteps, step, schedule=schedule, noise=lambda t: draw("step", t))
         return perturbation.add(x, draw("perturbation-x0")) if on and self.location == "x0" else x
 
@@ -179,13 +189,29 @@ class VariationSampler:
         shape = like.shape[1:]
         return lambda *what: randn_batch(shape, keys, self.seed, *what).to(like)
 
-    def _once(self, key: object, invert: Callable[[], Trajectory]) -> Trajectory:
-        """The inversion of these seed images: kept for the next batch, which may hold more variations of the same ones."""
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, invert())
-        return self._kept[1]
+    def _invert(self, inputs: Mapping[str, Any], network: GuidedUNet, labels: Tensor | None) -> Trajectory:
+        """One trajectory per entry; each pair of seed image and label is inverted once, or was for the batch before."""
+        names = list(inputs["reference_id"])
+        wanted = list(zip(names, [None] * len(names) if labels is None else labels.tolist(), strict=True))
+        unique = list(dict.fromkeys(wanted))
+        entries = [wanted.index(pair) for pair in unique]
+        weight, objective = next(network.parameters()), self.objective
+        assert isinstance(objective, NoiseObjective)
+        x_0 = torch.stack([inputs["reference"](i) for i in entries]).to(weight)
 
-    def _denoiser(self, conditional: ConditionalDenoiser, ids: list[str], perturbation: Perturbation) -> Denoiser:
+        def invert() -> Trajectory:
+            chosen = None if labels is None else labels[entries]
+            plain = ConditionalDenoiser(network, objective, chosen, guidance_scale=self.guidance_scale)
+            draw = self._draw(x_0, [name for name, _ in unique])
+            return self.inverter.invert(plain, x_0, self.timesteps, objective.schedule, draw)
+
+        facts = (unique, self.inverter, self.timesteps, self.guidance_scale, self.seed)
+        found = self.memory.recall(facts, objective, network, x_0, invert)
+        return found.select(torch.tensor([unique.index(pair) for pair in wanted], device=weight.device))
+
+    def _denoiser(
+        self, conditional: ConditionalDenoiser, ids: list[str], perturbation: Perturbation, watch: Watch | None = None
+    ) -> Denoiser:
         """Plain estimates, and where the step is perturbed inside the network, those of a second decoding combined with them."""
         schedule, following = conditional.objective.schedule, dict(pairs(self.timesteps))
         second = SECOND_PASSES.get(perturbation.location)
@@ -195,8 +221,8 @@ class VariationSampler:
 
         def denoise(x_t: Tensor, t: int) -> Prediction:
             query = conditional.ask(x_t, t)
-            if self.watch is not None:
-                self.watch(t, query.encoded.h)
+            if watch is not None:
+                watch(t, query.encoded.h)
             plain = clipped(conditional.answer(query, conditional.network.decode(query.encoded)), t)
             if second is None or not perturbation.acts(t, following[t]):
                 return plain
@@ -223,6 +249,9 @@ class VariationSampler:
         return add
 
 
+SETTINGS = tuple(item.name for item in fields(VariationSampler) if item.init and item.name not in ("objective", "seed", "memory"))
+
+
 def make_variation_sampler(
     objective: NoiseObjective | Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -240,10 +269,9 @@ def make_variation_sampler(
     Raises:
         ConfigError: an unknown setting.
     """
-    known = {item.name for item in fields(VariationSampler)} - {"objective", "seed"}
-    unknown = set(settings) - known
+    unknown = set(settings) - set(SETTINGS)
     if unknown:
-        raise ConfigError("setting-unknown", f"Unknown variation setting(s) {sorted(unknown)}; known are {sorted(known)}.")
+        raise ConfigError("setting-unknown", f"Unknown variation setting(s) {sorted(unknown)}; known are {sorted(SETTINGS)}.")
     inherited = {name: (sampler or {})[name] for name in GRID if name in (sampler or {})}
     given = {name: value for name, value in settings.items() if value is not None}
     return VariationSampler(objective=objective, seed=seed, **(inherited | given))

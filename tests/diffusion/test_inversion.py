@@ -227,3 +227,15 @@ def test_refusals():
             ddim_inversion(of_noise(wild), x_0, timesteps, schedule=SCHEDULE)
         with pytest.raises(ConfigError, match=match):
             cycle_inversion(of_noise(wild), x_0, timesteps, schedule=SCHEDULE, start=x_0, noise=no_noise)
+
+
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_every_step_of_the_source_has_a_draw_of_its_own(eta):
+    x_0, timesteps, asked = seeded((1, 1, 4, 4)), spaced_timesteps(SCHEDULE, 7), []
+
+    def noise(t):
+        asked.append(t)
+        return seeded(x_0.shape, t)
+
+    cycle_inversion(of_noise(wild), x_0, timesteps, schedule=SCHEDULE, start=seeded(x_0.shape, 1), noise=noise, eta=eta)
+    assert asked == list(timesteps[:-1])

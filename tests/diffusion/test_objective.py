@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medaug.diffusion import P2, WEIGHTINGS, EDMWeight, MinSNR, Uniform, make_schedule
+from medaug.diffusion import P2, WEIGHTINGS, EDMWeight, MinSNR, Uniform, make_schedule, with_weighting
 from medaug.errors import ConfigError
 
 ABAR = make_schedule("linear_beta", 1000).alphas_cumprod
@@ -47,3 +47,28 @@ def test_weights_are_positive_and_finite(snr, name):
 def test_refusals(make):
     with pytest.raises(ConfigError, match="must be (positive|at least 0), got"):
         make()
+
+
+P2_SETTINGS = {"weighting": "p2", "weighting_options": {"k": 1.0, "gamma": 1.0}}
+
+
+@pytest.mark.parametrize("parameterisation", ["epsilon", "sample", "v_prediction"])
+def test_p2_is_laid_over_what_draws_t_uniformly(parameterisation):
+    diffusion = {"parameterisation": parameterisation, "schedule": "cosine", "weighting": None}
+    assert with_weighting(diffusion, P2_SETTINGS) == diffusion | P2_SETTINGS
+    assert with_weighting(diffusion) == with_weighting(diffusion, {}) == diffusion
+
+
+@pytest.mark.parametrize("weighting", ["p2", "min_snr", "uniform"])
+def test_edm_has_a_weighting_of_its_own(weighting):
+    edm = {"parameterisation": "edm", "weighting": None}
+    assert with_weighting(edm, None) == edm and with_weighting(edm, {"weighting": "edm"})["weighting"] == "edm"
+    for both in ((edm, {"weighting": weighting}), (edm | {"weighting": weighting}, None)):
+        with pytest.raises(ConfigError, match=f"weighting-edm.*{weighting}"):
+            with_weighting(*both)
+
+
+def test_two_weightings_are_refused():
+    for second in ("p2", "min_snr"):
+        with pytest.raises(ConfigError, match=f"weighting-twice.*min_snr.*{second}"):
+            with_weighting({"parameterisation": "epsilon", "weighting": "min_snr"}, {"weighting": second})

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from test_variations import new_network
 
 from medaug.cohort import Cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.generation.calibration import Calibration, PilotRow, choose_scale, make_calibration, pilot_counts
+from medaug.generation.calibration import Calibration, PilotRow, calibrated, choose_scale, make_calibration, pilot_counts
 from medaug.generation.variations import make_variation_sampler
 from medaug.training.run_folder import RunRecord, new_record, write_run
 
@@ -102,7 +103,10 @@ def test_p3_4_the_pilot_measures_the_curve_and_keeps_it(trained: tuple[Cohort, R
     assert calm["distance"] < 1e-3 and calm["agreement"] >= 0.75  # scale 0 reconstructs, and the judge knows its images
     assert calm["distance"] <= little["distance"] < much["distance"]
     assert calm["copy_rate"] >= much["copy_rate"]
-    assert result["scale"] == 3.0 == calibration.apply() == calibration.sampler.scale
+    evaluator = SimpleNamespace(inferer=calibration.sampler)
+    assert result["scale"] == 3.0 == calibration.apply(evaluator) == evaluator.inferer.scale
+    assert evaluator.inferer.settings() == calibration.sampler.settings() | {"scale": 3.0}
+    assert 0 < result["reconstruction_error"]["mean"] <= result["reconstruction_error"]["max"] < 1e-2  # float32
     steps = [entry["t"] for entry in result["bottleneck_std"]]
     assert steps == sorted(calibration.sampler.timesteps, reverse=True) and all(e["std"] > 0 for e in result["bottleneck_std"])
     from medaug.io.raster import read_unit_png
@@ -119,7 +123,7 @@ def test_a_repeated_pilot_reads_its_result_and_another_setting_does_not(
     original = Calibration._pilot
     monkeypatch.setattr(Calibration, "_pilot", lambda self, *a: (runs.append(1), original(self, *a))[1])
     again = pilot(*trained, tmp_path, num_seeds=4, least_agreement=0.0)
-    again.sampler.scale = 0.7  # what is to be chosen decides nothing
+    again.sampler = replace(again.sampler, scale=0.7)  # what is to be chosen decides nothing
     assert again.run() == first and not runs
     assert pilot(*trained, tmp_path, num_seeds=6, least_agreement=0.0).run()["seed_images"] == 6 and len(runs) == 1
 
@@ -128,11 +132,29 @@ def test_scales_that_destroy_every_label_stop_it_and_leave_the_curve(
     trained: tuple[Cohort, RunRecord, Any], tmp_path: Path
 ) -> None:
     calibration = pilot(*trained, tmp_path, scales=[50.0], variation={"location": "x0"})  # noise that buries the image
+    evaluator = SimpleNamespace(inferer=calibration.sampler)
     for _ in range(2):  # read again, the curve still says no
         with pytest.raises(DataError, match="calibration-labels-destroyed"):
-            calibration.apply()
+            calibration.apply(evaluator)
     assert json.loads((tmp_path / "calibration.json").read_text())["scale"] is None
-    assert (tmp_path / "calibration.png").is_file() and calibration.sampler.scale == 0.25
+    assert (tmp_path / "calibration.png").is_file() and evaluator.inferer is calibration.sampler
+    assert calibrated(calibration.sampler, tmp_path, trained[1]) is calibration.sampler  # none was chosen
+
+
+def test_the_chosen_scale_serves_the_run_it_was_chosen_for(
+    trained: tuple[Cohort, RunRecord, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibration = pilot(*trained, tmp_path / "c", num_seeds=4, least_agreement=0.0, scales=[3.0])
+    sampler, record = calibration.sampler, trained[1]
+    assert calibrated(sampler, tmp_path / "c", record) is sampler  # nothing was calibrated yet
+    calibration.run()
+    assert calibrated(sampler, tmp_path / "c", record).settings() == sampler.settings() | {"scale": 3.0}
+    assert calibrated(replace(sampler, seed=5), tmp_path / "c", record).scale == 3.0
+    assert not caplog.text
+    elsewhere, other = replace(sampler, location="xt"), replace(record, weights_sha256="0" * 64)
+    assert calibrated(elsewhere, tmp_path / "c", record) is elsewhere and "location" in caplog.text
+    caplog.clear()
+    assert calibrated(sampler, tmp_path / "c", other) is sampler and "other weights" in caplog.text
 
 
 def test_p3_13_a_run_that_saw_a_held_out_group_is_not_piloted(trained: tuple[Cohort, RunRecord, Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,14 +270,57 @@ def train(cohort: Cohort, out: Path, bundle: str = "bottleneck_perturbation", **
 def test_a_bundle_trains_generates_and_measures(world: World, tmp_path: Path, bundle: str) -> None:
     record = train(world.cohort, tmp_path / "run", bundle, preview_every=2)
     assert record.settings["network"]["reference"] is None and record.settings["network"]["class_conditional"]
-    assert record.settings["diffusion"]["weighting"] == "p2" and record.settings["diffusion"]["parameterisation"] == "edm"
+    assert record.settings["diffusion"]["weighting"] is None and record.settings["diffusion"]["parameterisation"] == "edm"
     assert (tmp_path / "run" / "samples" / "epoch_0002.png").is_file()
     made = generate(World(world.cohort, record, tmp_path / "run"), tmp_path / "s", bundle, counts=[2, 2, 0])
     assert (made.training[0].lineage or {})["sampler"]["num_inference_steps"] == 8  # of the profile
     paths = {"dataset_dir": str(world.cohort.root), "run_dir": str(tmp_path / "run"), "output_dir": str(tmp_path / "e")}
     judge = {"samples_per_class": 2}
     metrics = run_stage(bundle, "evaluating", "tiny", paths | QUIET | judge)
+    assert metrics["scale"] == (0.25 if bundle == "bottleneck_perturbation" else 0.0)
     assert metrics["samples"] == 6 and metrics["weights_sha256"] == record.weights_sha256
+
+
+def test_p2_trains_a_network_that_predicts_the_noise(world: World, tmp_path: Path) -> None:
+    p2 = {"weighting": "p2", "weighting_options": {"k": 1.0, "gamma": 1.0}}
+    linear = {"parameterisation": "epsilon", "schedule": "linear_beta", "num_train_timesteps": 1000}
+    record = train(world.cohort, tmp_path / "run", diffusion_settings=linear, weighting_settings=p2)
+    assert record.settings["diffusion"] == linear | p2
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_weighting_over_edm_and_two_weightings_are_refused(world: World, tmp_path: Path, bundle: str) -> None:
+    p2, linear = {"weighting": "p2"}, {"parameterisation": "epsilon", "schedule": "linear_beta", "num_train_timesteps": 1000}
+    for code, changes in (
+        ("weighting-edm.*p2.*weighting_settings", {"weighting_settings": p2}),
+        ("weighting-edm", {"diffusion_settings#weighting": "p2"}),
+        ("weighting-twice", {"diffusion_settings": linear | {"weighting": "min_snr"}, "weighting_settings": p2}),
+    ):
+        with pytest.raises(ConfigError, match=code):
+            train(world.cohort, tmp_path / "run", bundle, **changes)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_evaluation_takes_the_calibrated_scale(world: World, tmp_path: Path) -> None:
+    record = train(world.cohort, tmp_path / "run")
+    paths = {"dataset_dir": str(world.cohort.root), "run_dir": str(tmp_path / "run")}
+
+    def scale(name: str, **changes: Any) -> float:
+        options = {"output_dir": str(tmp_path / name), "evaluating": ["$@session.evaluator.inferer.scale"]}
+        return float(run_stage("bottleneck_perturbation", "evaluating", "tiny", paths | QUIET | options | changes))
+
+    assert scale("before") == 0.25
+    few = {"num_steps": 4, "evaluate_every": 2, "batch_size": 8}
+    pilot = {"scales": [0.6], "num_seeds": 6, "least_agreement": 0.0, "recipe": few}
+    step = {"generating": ["$@calibration.run()"], "calibration_settings": pilot}
+    with suppress(DataError):  # the judge of four steps may refuse
+        run_stage("bottleneck_perturbation", "generating", "tiny", paths | QUIET | step)
+    file = tmp_path / "run" / "calibration" / "calibration.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"scale": 0.6}))
+    assert result["weights_sha256"] == record.weights_sha256
+    assert scale("after") == 0.6
+    assert scale("asked", **{"variation_settings#scale": 0.1}) == 0.1
 
 
 def test_training_goes_on_from_a_checkpoint(world: World, tmp_path: Path) -> None:
@@ -326,10 +370,12 @@ def test_a_checkpoint_of_unknown_origin_needs_the_users_word(world: World, tmp_p
 @pytest.mark.parametrize("bundle", BUNDLES)
 @pytest.mark.parametrize("profile", [None, *assets.list_profiles()])
 def test_every_profile_fits_and_leaves_the_method_alone(bundle: str, profile: str | None) -> None:
-    plain = load_config(bundle, "training")
     config = load_config(bundle, "training", profile)
     assert config["network_settings"]["reference"] is None and config["network_settings"]["class_conditional"] is True
-    assert config["weighting_settings"] == plain["weighting_settings"]
+    edm = config["diffusion_settings"]["parameterisation"] == "edm"  # which has a weighting of its own
+    assert config["weighting_settings"] == (None if edm else {"weighting": "p2", "weighting_options": {"k": 1.0, "gamma": 1.0}})
+    assert edm == (profile is not None) and not config["diffusion_settings"].get("weighting")
+    assert not {"reference", "condition_dropout"} & set(config)
     inference = load_config(bundle, "generating", profile)
     assert inference["variation_settings"] == load_config(bundle, "generating")["variation_settings"]
     guided = load_config("guided_ddpm", "training", profile)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from medaug.diffusion.parameterisation import noise_from_x_0
 from medaug.diffusion.perturbation import LOCATIONS, Perturbation
 from medaug.draws import randn
 from medaug.errors import ConfigError
+from medaug.generation import variations
 from medaug.generation.denoiser import ConditionalDenoiser
+from medaug.generation.inversions import INVERSIONS
 from medaug.generation.variations import make_variation_sampler
 from medaug.networks.build import build_guided_unet
 from medaug.networks.guided_unet import Encoded
@@ -175,16 +179,15 @@ def test_a_window_outside_the_grid_leaves_the_seed(network: Any) -> None:
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_p3_3_one_perturbed_step_of_a_network_responds_by_the_formula(network: Any, guidance_scale: float) -> None:
     objective = build_objective(LINEAR)
-    ids, t, p = ["a", "b"], 600, 300
+    ids, settings = ["a", "b"], {"num_inference_steps": 8, "strength": 1.0, "scale": 0.7}
+    t, p = make_variation_sampler(LINEAR, settings).timesteps[3:5]
     conditional = ConditionalDenoiser(network, objective, torch.tensor([0, 2]), guidance_scale=guidance_scale)
     x_t = torch.stack([randn((1, 16, 16), "x", name) for name in ids]).double()
     abar_t, abar_p = (float(objective.schedule.abar(level)) for level in (t, p))
     plain = conditional(x_t, t)
     results, tilde = {}, {}
     for terms in ("x0_only", "both"):
-        settings = {"num_inference_steps": 2, "terms": terms, "scale": 0.7}
-        sampler = make_variation_sampler(LINEAR, settings)
-        sampler.timesteps = [t, p]
+        sampler = make_variation_sampler(LINEAR, settings | {"terms": terms})
         used = sampler._denoiser(conditional, ids, sampler.perturbation)(x_t, t)
         tilde[terms] = noise_from_x_0(x_t, used.x_0, objective.schedule.abar(t))
         results[terms] = abar_p**0.5 * used.x_0 + (1 - abar_p) ** 0.5 * used.noise  # eta = 0
@@ -287,6 +290,171 @@ def test_an_inversion_serves_the_next_batch_of_the_same_seed_image(network: Any,
     torch.testing.assert_close(torch.cat([first, second]), vary(network, OF_ONE, strength=1.0), atol=1e-9, rtol=0)
 
 
+# --- an inversion is met again only by what it was made for ------------------------------------------------------------
+
+
+def reconstructed(sampler: Any, network: Any, names: list[tuple[int, int]] = THREE, **inputs: Any) -> None:
+    wanted = torch.stack([(inputs.get("reference") or (lambda i: seed_image(names[i][0])))(i) for i in range(len(names))])
+    torch.testing.assert_close(sampler(request(names) | inputs, network), wanted, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["in place", "behind autograd", "new storage"])
+def test_changed_weights_are_inverted_anew(how: str) -> None:
+    network, sampler = new_network(), make_variation_sampler(DIFFUSION, GRID | {"scale": 0.0})
+    reconstructed(sampler, network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if how == "in place":
+                parameter.mul_(1.1)
+            elif how == "behind autograd":
+                parameter.data.mul_(1.1)
+            else:
+                parameter.data = parameter.data * 1.1
+    reconstructed(sampler, network)
+
+
+def test_a_network_at_the_place_of_a_dead_one_is_not_taken_for_it() -> None:
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"scale": 0.0})
+    for seed in range(3):
+        network = new_network(seed=seed)
+        reconstructed(sampler, network)
+        del network
+        gc.collect()
+
+
+def test_other_pixels_under_the_same_id_are_inverted_anew(network: Any) -> None:
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"scale": 0.0})
+    reconstructed(sampler, network)
+    reconstructed(sampler, network, reference=lambda i: seed_image(i + 7))
+
+
+@pytest.mark.parametrize(
+    "change", [{"guidance_scale": 3.0}, {"strength": 0.5}, {"seed": 1}, {"inversion_options": {"eta": 0.3}}, {"sigma_max": 40.0}]
+)
+def test_other_settings_are_inverted_anew(network: Any, change: dict[str, Any]) -> None:
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"scale": 0.0})
+    reconstructed(sampler, network)
+    other = replace(sampler, **change)
+    reconstructed(other, network)
+    fresh = make_variation_sampler(
+        DIFFUSION, GRID | {k: v for k, v in change.items() if k != "seed"}, None, change.get("seed", 0)
+    )
+    assert torch.equal(replace(other, scale=0.25)(request(THREE), network), fresh(request(THREE), network))
+
+
+def test_another_scale_meets_the_same_inversion(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(network, monkeypatch)
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"strength": 1.0, "scale": 0.0})
+    for scale in (0.0, 0.1, 0.5):
+        replace(sampler, scale=scale)(request(THREE), network)
+    assert len(calls["encode"]) == 6 + 3 * 6
+
+
+def test_one_seed_image_under_two_labels_is_inverted_with_each(network: Any) -> None:
+    names = [(0, 0), (0, 1), (0, 2), (1, 0)]
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"scale": 0.0})
+    reconstructed(sampler, network, names, label=torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize("name", ["scale", "guidance_scale", "terms", "seed", "timesteps"])
+def test_a_sampler_cannot_be_changed_behind_its_lineage(name: str) -> None:
+    sampler = make_variation_sampler(DIFFUSION, GRID)
+    with pytest.raises(FrozenInstanceError):
+        setattr(sampler, name, getattr(sampler, name))
+
+
+def test_options_are_those_of_the_moment_it_was_made() -> None:
+    options: dict[str, Any] = {"step": "ddim", "step_options": {"eta": 0.5}}
+    sampler = make_variation_sampler(DIFFUSION, GRID | {"inversion": "none", "inversion_options": options})
+    options["step_options"]["eta"] = 1.0
+    assert sampler.settings()["inversion_options"] == {"step": "ddim", "step_options": {"eta": 0.5}}
+
+
+def test_a_step_that_cannot_split_is_refused_when_the_scale_comes_later() -> None:
+    calm = make_variation_sampler(
+        DIFFUSION, GRID | {"inversion": "none", "inversion_options": {"step": "dpm_solver_pp_2m"}, "scale": 0.0}
+    )
+    with pytest.raises(ConfigError, match="perturbation-step"):
+        replace(calm, scale=0.5)
+    assert replace(calm, scale=0.5, terms="both").scale == 0.5
+
+
+# --- every draw has a key of its own ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [{"guidance_scale": 1.0}, {"guidance_scale": 2.0, "cfg_noise": "independent"}])
+@pytest.mark.parametrize("location", LOCATIONS)
+@pytest.mark.parametrize("inversion", INVERSIONS)
+def test_no_draw_is_used_twice(
+    network: Any, monkeypatch: pytest.MonkeyPatch, inversion: str, location: str, guidance: dict[str, Any]
+) -> None:
+    """Step noise, the inversion's posterior draws and the perturbation are independent over steps, blocks and images."""
+    used: list[tuple[Any, ...]] = []
+    bytes_of: dict[bytes, tuple[Any, ...]] = {}
+    original = variations.randn_batch
+
+    def spy(shape: Any, keys: Any, *what: Any) -> Tensor:
+        drawn = original(shape, keys, *what)
+        for key, value in zip(keys, drawn, strict=True):
+            used.append((*what, key))
+            assert bytes_of.setdefault(value.numpy().tobytes(), used[-1]) is used[-1]
+        return drawn
+
+    monkeypatch.setattr(variations, "randn_batch", spy)
+    options = {"cycle": {"eta": 1.0}, "ddim": {"eta": 1.0}, "none": {"step_options": {"eta": 1.0}}}[inversion]
+    settings = GRID | {"inversion": inversion, "inversion_options": options, "location": location, "strength": 1.0} | guidance
+    sampler = make_variation_sampler(DIFFUSION, settings)
+    sampler(request([(0, 0), (0, 1), (1, 0)]), network)
+    assert len(used) == len(set(used))
+    steps = set(sampler.timesteps[:-1])  # the last step draws nothing
+
+    def levels(purpose: str, name: str) -> set[int]:
+        return {what[2] for what in used if what[1] == purpose and what[-1] == name}
+
+    variation_draws = {"cycle": set(), "ddim": steps, "none": steps}[inversion]
+    assert all(levels("step", name) == variation_draws for name in ("v0-0", "v0-1", "v1-0"))
+    assert all(levels("inversion-step", name) == (steps if inversion == "cycle" else set()) for name in ("c0", "c1"))
+    inside = location in ("bottleneck", "encoder", "decoder")
+    for purpose, expected in (("perturbation", inside), ("perturbation-null", inside and len(guidance) > 1)):
+        assert all(levels(purpose, name) == (steps if expected else set()) for name in ("v0-0", "v0-1", "v1-0"))
+    assert all(levels("perturbation-xt", name) == (steps if location == "xt" else set()) for name in ("v0-0", "v0-1", "v1-0"))
+
+
+class ByClass(Transparent):
+    """Its bottleneck has another spread with a class (2 for class 0, 3 for class 1) than with the NULL class (11)."""
+
+    def encode(self, x: Tensor, time: Tensor, labels: Tensor, *conditions: Any) -> Encoded:
+        return Encoded(torch.tensor([2.0, 3.0, 5.0, 11.0]).double()[labels].reshape(-1, 1, 1, 1) * x, [], x)
+
+
+def test_shared_noise_has_the_spread_of_the_pass_with_the_conditions() -> None:
+    """eps_h = rho std(h_cond) draw in both passes; independent noise has the spread of its own pass."""
+    x_t, labels = torch.stack([randn((1, 16, 16), "x", n) for n in range(2)]).double(), torch.tensor([0, 1])
+    spread = x_t.flatten(1).std(dim=1, correction=0).reshape(-1, 1, 1, 1)
+    decoded: list[Tensor] = []
+
+    class Watched(ByClass):
+        def decode(self, encoded: Encoded, h: Tensor | None = None, after_block: Any = None) -> Tensor:
+            if h is not None:
+                decoded.append(h - encoded.h)
+            return super().decode(encoded, h)
+
+    watched: Any = Watched()
+    for cfg_noise in ("shared", "independent"):
+        sampler = make_variation_sampler(
+            LINEAR, {"num_inference_steps": 2, "scale": 0.5, "cfg_noise": cfg_noise, "strength": 1.0}
+        )
+        conditional = ConditionalDenoiser(watched, sampler.objective, labels, guidance_scale=3.0)  # type: ignore[arg-type]
+        sampler._denoiser(conditional, ["a", "b"], sampler.perturbation)(x_t, 999)
+    shared, independent = decoded
+    draw = torch.stack([randn((1, 16, 16), 0, "perturbation", 999, 0, name) for name in ("a", "b")]).double()
+    wanted = 0.5 * torch.tensor([2.0, 3.0]).double().reshape(-1, 1, 1, 1) * spread * draw
+    torch.testing.assert_close(shared, wanted.repeat(2, 1, 1, 1), atol=1e-9, rtol=0)
+    torch.testing.assert_close(independent[:2], wanted, atol=1e-9, rtol=0)
+    null = independent[2:].flatten(1).std(dim=1) / (0.5 * 11 * spread.flatten())
+    torch.testing.assert_close(null, torch.ones(2).double(), atol=0.12, rtol=0)
+
+
 # --- the ends and the refusals ----------------------------------------------------------------------------------------
 
 
@@ -334,6 +502,7 @@ def test_grid_and_guidance_come_from_the_run_unless_given() -> None:
         ({"inversion_options": {"eta": 1.5}}, "eta-range"),
         ({"inversion": "none", "inversion_options": {"step": "euler"}}, "step-unknown"),
         ({"inversion": "none", "inversion_options": {"step": "dpm_solver_pp_2m"}}, "perturbation-step"),
+        ({"clip": True}, "clip-inversion"),
         ({"strength": 1.2}, "strength-range"),
         ({"strength": -0.2}, "strength-range"),
         ({"location": "middle"}, "perturbation-location"),
