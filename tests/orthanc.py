@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -195,7 +197,11 @@ def medaug(*arguments: str, environment: dict[str, str] | None = None) -> Iterat
     """The command line in a process of its own, for tests that talk to it or stop it; killed at the end of the block."""
     command = [sys.executable, "-c", "from medaug.cli import main; main()", *arguments]
     variables = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
+    # A test run in the background ignores SIGINT, and so would the command that inherits it.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, preexec_fn=interruptible
+    )
     try:
         yield process
     finally:
