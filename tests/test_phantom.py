@@ -110,3 +110,26 @@ def test_too_small_is_refused():
         list(draw_cohort(0))
     with pytest.raises(ConfigError, match="phantom-invalid"):
         list(draw_cohort(4, 8))
+
+
+@pytest.mark.slow
+def test_the_whole_phantom_of_the_quickstart_is_taken_in(tmp_path: Path) -> None:
+    """All 120 patients: their numbers must not be mistaken for grades, nor their nodules for letters."""
+    from medaug.intake.build import run_intake
+    from medaug.intake.records import IntakeOptions
+
+    table = write_phantom_export(tmp_path / "export", size=64)
+    result = run_intake(
+        IntakeOptions(
+            source=tmp_path / "export",
+            out=tmp_path / "cohort",
+            labels=table,
+            key="sop",
+            label_column="grade",
+            image_size=32,
+            burned_in="keep",
+            dry_run=True,
+        )
+    )
+    assert result.quarantine == []
+    assert (result.counts["used"], result.counts["patients"]) == (188, 120)

@@ -157,9 +157,12 @@ def names_patient(text: str, secret: str) -> bool:
     if holds_date(text, secret):
         return True
     for label, wanted in zip(foldings(text), foldings(secret), strict=True):
-        tokens = {normal_id(token) for token in _SEPARATORS.split(label)}
+        written = set(_SEPARATORS.split(label))
+        tokens = {normal_id(token) for token in written}
         bare = normal_id(wanted)
-        if len(wanted.strip()) >= WHOLE and (bare in tokens or (len(bare) >= WHOLE and _within(bare, label))):
+        if len(wanted.strip()) >= WHOLE and wanted.strip() in written:
+            return True
+        if len(bare) >= WHOLE and (bare in tokens or _within(bare, label)):  # grade 3 is not study 0003
             return True
         if sum(_has_part(part, label, tokens) for part in set(name_parts(wanted))) >= 2:
             return True

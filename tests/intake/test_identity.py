@@ -94,3 +94,10 @@ def test_a_patient_without_identifier_is_name_and_birth_date() -> None:
     assert patient_of("MRN-1", "A^B", "19400117") == "MRN-1"
     assert patient_of("", "A^B", "19400117") == patient_of("0", "A B", "19400117") == "A B 19400117"
     assert patient_of("", "A^B", "") == patient_of("", "anonymous", "19400117") == patient_of("", "", "19400117") == ""
+
+
+def test_a_grade_is_not_the_study_of_that_number() -> None:
+    assert not names_patient("3", "0003")
+    assert not names_patient("grade 3", "0003")
+    assert names_patient("0003", "0003")
+    assert names_patient("47119", "00047119")
