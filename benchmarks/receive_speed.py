@@ -93,7 +93,7 @@ def receiver(which: str, out: Path, port: int) -> Iterator[subprocess.Popen[byte
             time.sleep(0.05)
         yield process
     finally:
-        process.send_signal(signal.SIGINT if which == OURS else signal.SIGKILL)
+        process.send_signal(signal.SIGTERM if which == OURS else signal.SIGKILL)
         process.wait(60)
 
 
