@@ -1,7 +1,7 @@
 """Files per second and memory of `medaug intake` on single-frame CT, beside MONAI's reading of the same files.
 
-Writes N CT files of 512 x 512 (noise that differs in every file, series of 50 slices) with a label table. In turns, `medaug
-intake` makes a cohort of them in 2 processes, and MONAI's ``LoadImage(reader="PydicomReader")`` reads them in 2 workers of
+Writes N CT files of 512 x 512 (drawn chests with noise that differs in every file, series of 50 slices) with a label table. In
+turns, `medaug intake` makes a cohort of them in 2 processes, and MONAI's ``LoadImage(reader="PydicomReader")`` reads them in 2 workers of
 a DataLoader. MONAI only reads; intake also joins labels, scales, resizes, searches duplicates and writes PNG files.
 The peak of resident memory (of the process and its largest child) is measured in a process of its own for N and for 4 N files.
 
@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 from rows import WORK, command_of, environment, record, settings_of
 
+from medaug.phantom import draw_patient
 from medaug.storage import write_csv
 
 SIZE = 512
 SLICES_PER_SERIES = 50
+NUM_BODIES = 16
 BOUNDS = {"ratio": 1.5, "peak_megabytes": 1024, "memory_growth": 1.1}
 
 
@@ -40,7 +42,8 @@ def write_files(folder: Path, count: int) -> Path:
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
     rows = []
-    base = np.random.default_rng(0).normal(1000, 200, (2 * SIZE, 2 * SIZE))
+    noise = np.random.default_rng(0).normal(0, 15, (2 * SIZE, 2 * SIZE))  # HU, as in a scan of a chest
+    drawn: dict[int, np.ndarray] = {}
     for number in range(count):
         patient, index = divmod(number, min(SLICES_PER_SERIES, max(1, count // 8)))  # two patients of each class at least
         sop = f"2.25.{1_000_000 + number}"
@@ -48,9 +51,12 @@ def write_files(folder: Path, count: int) -> Path:
         path = folder / "DICOM" / f"PA{patient:06d}" / f"IM{index:06d}"
         if path.exists():
             continue
-        # Another part of the noise at another brightness: writing 20,000 files must not take longer than reading them.
+        # A drawn chest per series and another part of the noise per file: writing must not take longer than reading.
+        body = patient % NUM_BODIES
+        if body not in drawn:
+            drawn[body] = next(iter(draw_patient(body + 1, body % 4, SIZE, 0))).hounsfield
         y, x = np.random.default_rng(number).integers(0, SIZE, 2)
-        stored = (base[y : y + SIZE, x : x + SIZE] + number % 97).clip(0, 4095).astype("<u2")
+        stored = (drawn[body] + 1024 + noise[y : y + SIZE, x : x + SIZE]).clip(0, 4095).astype("<u2")
         dataset = Dataset()
         dataset.file_meta = FileMetaDataset()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

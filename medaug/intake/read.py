@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -324,7 +325,7 @@ def _one_by_one(
 
 def _pool(workers: int, options: IntakeOptions, joiner: Joiner, folder: Path | None) -> ProcessPoolExecutor:
     # Not fork: the tracking of this process runs threads, whose locks a forked child would inherit.
-    context = get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(options, joiner, folder))
 
@@ -336,7 +337,16 @@ def _start_process(options: IntakeOptions, joiner: Joiner, folder: Path | None) 
     global _reader  # the usual place for what a process of a pool needs for every task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     os.environ["OMP_NUM_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _reader = Reader(options, joiner, folder)
+
+
+def _end_with_parent() -> None:
+    """A process of a pool waits for its next task for ever, also when whoever gave the tasks was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _read_part(part: Sequence[tuple[int, Item]]) -> list[Done]:

@@ -6,6 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -464,3 +468,35 @@ def test_a_wrong_column_shows_before_the_source_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("medaug.intake.build.scan", lambda options: pytest.fail("the source was scanned"))
     with pytest.raises(MedaugError, match="column-missing"):
         take(source, tmp_path / "out", labels=tmp_path / "t.csv", label_column="nowhere")
+
+
+POOL = """
+import os, sys, time
+from pathlib import Path
+from medaug.intake.join import Joiner
+from medaug.intake.read import _pool
+from medaug.intake.records import IntakeOptions
+
+if __name__ == "__main__":
+    options = IntakeOptions(source=Path("."), out=Path("out"))
+    pool = _pool(2, options, Joiner(options, []), None)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_processes_that_read_end_when_intake_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    with subprocess.Popen([sys.executable, str(tmp_path / "pool.py")], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)  # it is there
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("a process that read for intake is still there ten seconds after intake was killed")
