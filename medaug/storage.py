@@ -56,7 +56,7 @@ def storage_errors(name: str) -> Iterator[None]:
         raise StorageError("storage-failed", f"Writing {name} failed: {error.strerror or error}.") from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 
     Raises:
@@ -87,7 +87,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` of indented JSON, ends with a newline. NaN is refused: use None and a reason."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    # Piece by piece: json.dumps holds every token of an indented text in a list first, five times the text's own size.
+    data = io.BytesIO()
+    for piece in json.JSONEncoder(indent=2, allow_nan=False, ensure_ascii=False).iterencode(value):
+        data.write(piece.encode())
+    data.write(b"\n")
+    write_bytes(path, data.getbuffer())
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,14 @@ def test_error_survives_a_process_boundary() -> None:
         "[disk-full] No space.",
     )
     assert json.dumps(error.code)
+
+
+def test_json_is_what_json_dumps_gives_at_a_fraction_of_its_memory(tmp_path: Path) -> None:
+    value = {"cases": [{"id": f"s{number}", "lineage": {"seed": number, "sigma": 0.1, "text": "ä"}} for number in range(5000)]}
+    expected = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    tracemalloc.start()
+    storage.write_json(tmp_path / "a.json", value)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
+    assert peak < 2 * len(expected)  # the text itself; a list of its tokens takes nine times as much
