@@ -150,7 +150,7 @@ def test_the_chosen_scale_serves_the_run_it_was_chosen_for(
     calibration.run()
     assert calibrated(sampler, tmp_path / "c", record).settings() == sampler.settings() | {"scale": 3.0}
     assert calibrated(replace(sampler, seed=5), tmp_path / "c", record).scale == 3.0
-    assert not caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("medaug")]  # other tests may have made ignite talk
     elsewhere, other = replace(sampler, location="xt"), replace(record, weights_sha256="0" * 64)
     assert calibrated(elsewhere, tmp_path / "c", record) is elsewhere and "location" in caplog.text
     caplog.clear()
