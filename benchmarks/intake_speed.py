@@ -156,7 +156,7 @@ def child(folder: Path, out: Path, workers: int) -> None:
     print(json.dumps(found | {"own_megabytes": own, "worker_megabytes": other, "megabytes": own + other * max(workers, 0)}))
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
     """The row."""
     work = options.work.resolve()
     small, large, out = work / "small", work / "large", work / "cohort"
@@ -172,8 +172,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ratios = [other / mine for mine, other in zip(own, others, strict=True)]
     return {
         "benchmark": "intake_speed",
-        "command": command_of(options.parser, options),
-        "settings": {key: value for key, value in settings_of(options).items() if key != "parser"},
+        "command": command_of(parser, options),
+        "settings": settings_of(options),
         "environment": environment(),
         "images_used": found["used"],
         "medaug_files_per_second": [options.files / seconds for seconds in own],
@@ -202,8 +202,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK / "intake_speed", help="where the files and the cohort go")
     parser.add_argument("--no-record", action="store_true", help="print the row only")
     options = parser.parse_args()
-    options.parser = parser
-    row = measure(options)
+    row = measure(parser, options)
     print(json.dumps(row, indent=2))
     if not options.no_record:
         record(row, "intake_speed")
