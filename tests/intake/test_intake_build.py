@@ -27,6 +27,7 @@ from medaug.intake.build import IntakeOptions, run_intake
 from medaug.io import raster
 
 SIZE = 16
+FIRST_PATIENT = 4711083650  # ten digits: shorter ones occur by chance in hashes and encoded thumbnails
 
 
 def picture(*key: int) -> np.ndarray:
@@ -206,13 +207,13 @@ def test_patients_are_never_divided_and_stay_pseudonymous(tmp_path):
 def test_dicom_in_any_layout_without_a_trace_of_the_patient(tmp_path):
     source, rows = tmp_path / "in", ["PatientID,Grade"]
     for index in range(12):
-        patient = f"00{4711 + index // 2}"
+        patient = f"00{FIRST_PATIENT + index // 2}"
         write_dicom(source / f"Quixote_{patient}" / f"{patient}_IM{index}", picture(index), patient)
         if index % 2 == 0:
-            rows.append(f"{4711 + index // 2},{(index // 2) % 2}")
-    write_dicom(source / "Quixote_x" / "IM0099", picture(99), "0099999")  # no label
+            rows.append(f"{FIRST_PATIENT + index // 2},{(index // 2) % 2}")
+    write_dicom(source / "Quixote_x" / "IM0099", picture(99), "009988776655")  # no label
     broken = source / "Quixote^Alonso_ACC7731.dcm"
-    broken.write_bytes((source / "Quixote_004711" / "004711_IM0").read_bytes()[:700])
+    broken.write_bytes((source / f"Quixote_00{FIRST_PATIENT}" / f"00{FIRST_PATIENT}_IM0").read_bytes()[:700])
     (tmp_path / "t.csv").write_text("\n".join(rows))
     out = tmp_path / "out"
     result = take(source, out, labels=tmp_path / "t.csv", key="patient", label_column="Grade")
@@ -223,7 +224,7 @@ def test_dicom_in_any_layout_without_a_trace_of_the_patient(tmp_path):
     assert codes(result)["IM0099"] == "image-without-label" and len(result.quarantine) == 2
     written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file()) + repr(result).encode()
     written += "".join(path.name for path in out.rglob("*")).encode()
-    for secret in (b"Quixote", b"Alonso", b"4711", b"ACC7731", b"19530917", b"099999", str(tmp_path / "in").encode()):
+    for secret in (b"Quixote", b"Alonso", str(FIRST_PATIENT)[:9].encode(), b"ACC7731", b"19530917", b"9988776655", str(tmp_path / "in").encode()):
         assert secret not in written
 
 
