@@ -80,6 +80,16 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
             raise
 
 
+def write_staged(path: Path, data: bytes) -> None:
+    """Write into a folder that nobody reads yet: neither atomic nor surely on the disk before `os.sync`.
+
+    Raises:
+        StorageError: as `write_bytes`.
+    """
+    with storage_errors(Path(path).name):
+        Path(path).write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8 text."""
     write_bytes(path, text.encode("utf-8"))

@@ -146,6 +146,7 @@ def _publish(folder: Path, out: Path) -> None:
     """Give the finished folder its name; an empty output folder makes way."""
     with storage.storage_errors(out.name):
         (folder / storage.LOCK_NAME).unlink(missing_ok=True)
+        os.sync()  # once for all images: a flush for each would take longer than reading it
         if out.is_dir():
             (out / storage.LOCK_NAME).unlink(missing_ok=True)
             out.rmdir()

@@ -7,7 +7,7 @@ neighbours are in this cohort. Labels are never used for it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,11 +295,9 @@ def leak_indicator(
     known, truth = np.asarray(train_labels, dtype=np.int64), np.asarray(test_labels, dtype=np.int64)
     if not len(known) or not len(truth):
         raise DataError("split-empty", "The leak indicator needs training and test images; change the split.")
-    train = np.asarray(train_thumbs, dtype=np.float32).reshape(len(known), -1)
-    test = np.asarray(test_thumbs, dtype=np.float32).reshape(len(truth), -1)
-    nearest = _nearest(train, test)
+    nearest = _nearest(train_thumbs, test_thumbs)
     right = known[nearest] == truth
-    forgetful = _memoryless_labels(train, known, test) == truth
+    forgetful = _memoryless_labels(train_thumbs, known, test_thumbs) == truth
     generator = draws.numpy_generator(seed, "leak-indicator")
     shuffled = [_balanced(generator.permutation(known)[nearest] == truth, truth) for _ in range(200)]
     balanced, memoryless = _balanced(right, truth), _balanced(forgetful, truth)
@@ -335,10 +333,25 @@ def _verdict(found: dict[str, Any]) -> dict[str, Any]:
     return {"level": "low", "verdict": f"Low: {figures}. Nothing here shows that patients cross the split.", "warning": None}
 
 
+def _blocks(images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of pixels, float32, some at a time: the whole set as numbers of 32 bits would grow with the cohort."""
+    for start in range(0, len(images), BLOCK):
+        part = images[start : start + BLOCK]
+        yield start, np.asarray(part, dtype=np.float32).reshape(len(part), -1)
+
+
 def _nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    squares = (train**2).sum(axis=1)
-    blocks = [test[start : start + BLOCK] for start in range(0, len(test), BLOCK)]
-    return np.concatenate([(squares[None, :] - 2 * block @ train.T).argmin(axis=1) for block in blocks])
+    """Index of the nearest training image of each test image, the first of equals."""
+    index, distance = np.zeros(len(test), dtype=np.int64), np.full(len(test), np.inf, dtype=np.float32)
+    for first, known in _blocks(train):
+        squares = (known**2).sum(axis=1)
+        for start, block in _blocks(test):
+            found = squares[None, :] - 2 * block @ known.T
+            best, rows = found.argmin(axis=1), slice(start, start + len(block))
+            closer = found[np.arange(len(block)), best] < distance[rows]
+            index[rows][closer] = best[closer] + first
+            distance[rows] = np.minimum(distance[rows], found.min(axis=1))
+    return index
 
 
 def _balanced(right: np.ndarray, truth: np.ndarray) -> float:
@@ -347,13 +360,13 @@ def _balanced(right: np.ndarray, truth: np.ndarray) -> float:
 
 def _memoryless_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Class-balanced ridge regression on the first components: at most 30, and 20 images for each of them."""
-    mean = train.mean(axis=0)
-    components = int(np.clip(len(train) // 20, 1, 30))
-    _, singular, basis = (
-        np.linalg.svd(train - mean, full_matrices=False) if len(train) <= 4 * train.shape[1] else _principal(train - mean)
+    mean = np.sum([block.sum(axis=0, dtype=np.float64) for _, block in _blocks(train)], axis=0) / len(train)
+    deviation, basis = _principal(train, mean, int(np.clip(len(train) // 20, 1, 30)))
+    scale = basis / np.maximum(deviation[:, None], 1e-6)
+    known, unknown = (
+        np.concatenate([np.append((block - mean) @ scale.T, np.ones((len(block), 1)), axis=1) for _, block in _blocks(side)])
+        for side in (train, test)
     )
-    scale = basis[:components] / np.maximum(singular[:components, None] / np.sqrt(len(train)), 1e-6)
-    known, unknown = (np.concatenate([(side - mean) @ scale.T, np.ones((len(side), 1))], axis=1) for side in (train, test))
     classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     weight = (len(train) / (len(classes) * sizes))[index][:, None]
     target = np.eye(len(classes))[index]
@@ -362,10 +375,17 @@ def _memoryless_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) 
     return classes[(unknown @ solution).argmax(axis=1)]
 
 
-def _principal(centred: np.ndarray) -> tuple[None, np.ndarray, np.ndarray]:
-    """Singular values and right vectors through the small covariance, for many images."""
-    values, vectors = np.linalg.eigh(centred.T @ centred)
-    return None, np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
+def _principal(images: np.ndarray, mean: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations (K,) along the first principal components and these, (K, pixels): eigenvectors of the covariance."""
+    from scipy.linalg import eigh
+
+    covariance = np.zeros((len(mean), len(mean)))
+    for _, block in _blocks(images):
+        centred = block - mean
+        covariance += centred.T @ centred / len(images)
+    last = len(mean) - 1
+    values, vectors = eigh(covariance, subset_by_index=(max(last + 1 - components, 0), last))
+    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
 
 
 def _bootstrap_error(right: np.ndarray, forgetful: np.ndarray, truth: np.ndarray, generator: np.random.Generator) -> float:

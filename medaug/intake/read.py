@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from medaug import storage
 from medaug.errors import DataError
 from medaug.intake import burned_in, duplicates, volumes
 from medaug.intake.join import Joiner
 from medaug.intake.records import IntakeOptions, Item, Record, quarantine_name
 from medaug.intake.scan import Scan, read_pictures
 from medaug.io import dicom, raster
+from medaug.io.dicom_elements import stay_quiet
 from medaug.io.picture import Picture
 from medaug.transforms import prepare
 
@@ -164,7 +166,7 @@ class Reader:
         if checked is not None and _prepare(record, checked, self.options, done.quarantine):
             if self.folder is not None and record.unit_image is not None:
                 record.staged = f".{index:07d}_{number:05d}.png"
-                raster.write_unit_png(self.folder / "images" / record.staged, record.unit_image)
+                storage.write_staged(self.folder / "images" / record.staged, raster.encode_unit_png(record.unit_image))
             record.unit_image = None
             done.records.append(record)
 
@@ -177,9 +179,8 @@ class Reader:
             return
         done.searched += 1
         if item.kind == "dicom" and self.options.burned_in != "keep":
-            header = burned_in.header_facts(item.path)
             for plane in picture.pixels:
-                found = burned_in.suspect(plane, header)
+                found = burned_in.suspect(plane, item.declared)
                 if found is not None:  # a volume is not masked: text in a slice means that it is no scan
                     small = burned_in.thumbnail(plane, found.boxes) if found.boxes else None
                     name, place = record.quarantine_name, (record.source, "")
@@ -209,7 +210,7 @@ class Reader:
         if item.kind not in SEARCHED:
             return picture
         done.searched += 1
-        found = burned_in.suspect(picture.pixels, burned_in.header_facts(item.path) if item.kind == "dicom" else {})
+        found = burned_in.suspect(picture.pixels, item.declared)
         if found is None:
             record.burned_in = "not found"
             return picture
@@ -245,6 +246,9 @@ def read_records(
     Args:
         suspects: receives the pictures that may hold text.
     """
+    if folder is not None:
+        with storage.storage_errors(folder.name):
+            (folder / "images").mkdir(exist_ok=True)
     joiner = Joiner(options, found.items)
     suspects = Suspects() if suspects is None else suspects
     records: list[Record] = []
@@ -337,6 +341,7 @@ def _start_process(options: IntakeOptions, joiner: Joiner, folder: Path | None) 
     global _reader  # the usual place for what a process of a pool needs for every task
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     os.environ["OMP_NUM_THREADS"] = "1"
+    stay_quiet()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _reader = Reader(options, joiner, folder)
 

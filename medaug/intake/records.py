@@ -183,6 +183,7 @@ class Item:
     series: str = ""  # key shared by the items of one series
     slice_index: int | None = None  # 0-based place in the sorted series
     slices: tuple[int, ...] | None = None  # chosen 0-based slices or frames of this file; None takes all
+    declared: dict[str, Any] = field(default_factory=dict)  # what a DICOM header says about text in its pixels
     members: tuple[tuple[str, Path], ...] = ()  # of a volume: relative path and path of all its files
     keep_name: bool = False  # the user says that file names hold no identity
 

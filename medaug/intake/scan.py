@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -316,6 +317,8 @@ def _scalar(value: Any) -> str | None:
 
 def source_sha256(found: Scan, options: IntakeOptions) -> str:
     """sha256 over every image file's place and content and the label table: tells whether a source changed."""
-    rows = sorted([item.relative, sha_of(item.path)] for item in found.items)
+    with ThreadPoolExecutor(max(1, options.workers)) as pool:  # hashing and reading let other threads run
+        hashes = pool.map(sha_of, [item.path for item in found.items])
+        rows = sorted([item.relative, found_hash] for item, found_hash in zip(found.items, hashes, strict=True))
     extra = [sha_of(path) for path in (options.labels, options.source if found.layout == "datalist" else None) if path]
     return storage.sha256_json([rows, extra, sorted(row["file"] for row in found.quarantine)])

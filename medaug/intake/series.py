@@ -104,7 +104,7 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     so. With `options.slices` "lesion" each volume keeps the slice with the largest mask: see `find_mask`.
 
     Args:
-        items: as scanned; their fields `series`, `slice_index` and `slices` are set.
+        items: as scanned; their fields `declared`, `series`, `slice_index` and `slices` are set.
         options: strict, slices, masks, dimensions, key, labels and workers are used.
 
     Returns:
@@ -112,6 +112,8 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     """
     work = _Arranger(options)
     images = [image for image in _read_headers(items, options) if image is not None]
+    for image in images:
+        image.item.declared = image.header.declared
     images.sort(key=_Image.order)
     images = _settle_instances(work, images)
     localizers = [image for image in work.remaining(images) if "LOCALIZER" in image.header.image_type]

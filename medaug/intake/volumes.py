@@ -84,8 +84,8 @@ def encode(unit: np.ndarray, affine: np.ndarray | None) -> bytes:
 
 
 def write(path: Path, unit: np.ndarray, affine: np.ndarray | None) -> None:
-    """`encode` into a file, whole or not at all."""
-    storage.write_bytes(path, encode(unit, affine))
+    """`encode` into a file of a folder that has no name yet."""
+    storage.write_staged(path, encode(unit, affine))
 
 
 def read(path: Path) -> np.ndarray:

@@ -19,13 +19,15 @@ from pydicom.tag import BaseTag, Tag
 from medaug.errors import DataError
 
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")  # VR DS, PS3.5 6.2: no comma, no NaN
+LOGGERS = ("pydicom", "openjpeg")
 CODE = re.compile(r"[A-Z0-9 _]{1,16}")  # VR CS
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence pydicom and its decoders, whose warnings and log lines quote element values."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "openjpeg")]
+    # Where they are silent already, as in reading processes, nothing is set: every change empties the caches of all loggers.
+    loggers = [logger for logger in map(logging.getLogger, LOGGERS) if logger.level <= logging.CRITICAL]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)  # child loggers take their level from it
@@ -36,6 +38,12 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+def stay_quiet() -> None:
+    """Silence the loggers of `quiet` for as long as this process lives."""
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 @cache

@@ -21,6 +21,7 @@ _FIRST_ELEMENTS = {(0x0002, element) for element in (0x00, 0x01, 0x02)} | {
     (0x0008, element) for element in (0x00, 0x01, 0x05, 0x06, 0x08, 0x12, 0x13, 0x14, 0x16, 0x18, 0x20)
 }
 _IN_MEMORY = 1 << 26  # larger files are read as a stream, so that their bytes are not in memory twice
+_SMALL = 1 << 22
 MAX_DEFLATED_BYTES = 1 << 28  # what a deflated data set may grow to: pydicom holds it twice
 
 
@@ -63,7 +64,7 @@ def open_dataset(path: Path, *, hashed: bool = True) -> tuple[Dataset, str]:
         if size <= _IN_MEMORY:
             data = file.read(size)
             digest = hashlib.sha256(data).hexdigest() if hashed else ""
-            return _dataset(io.BytesIO(data), DeflatedExplicitVRLittleEndian.encode() in data), digest
+            return _dataset(io.BytesIO(data), _may_be_deflated(data)), digest
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hashed else ""
         file.seek(0)
         return _dataset(file, True), digest
@@ -75,9 +76,16 @@ def open_header(path: Path) -> Dataset:
     Raises:
         DataError: as `open_dataset`.
     """
-    limits.check_file(path)
+    size = limits.check_file(path)
     with open(path, "rb") as file:
+        if size <= _SMALL:  # parsing reads byte by byte: faster in memory, pixels and all
+            data = file.read(size)
+            return _dataset(io.BytesIO(data), _may_be_deflated(data), header_only=True)
         return _dataset(file, True, header_only=True)
+
+
+def _may_be_deflated(data: bytes) -> bool:
+    return DeflatedExplicitVRLittleEndian.encode() in data
 
 
 def _dataset(stream: BinaryIO, may_be_deflated: bool, header_only: bool = False) -> Dataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,9 +110,9 @@ def orientation_of(view: Dataset) -> tuple[float, ...] | None:
     values = decimals(view, "ImageOrientationPatient", 6)
     if values is None:
         return None
-    row, column = np.array(values[:3]), np.array(values[3:])
-    lengths = np.linalg.norm([row, column], axis=1)
-    return values if np.abs(lengths - 1).max() < 0.01 and abs(row @ column) < 0.01 else None
+    row, column = values[:3], values[3:]
+    is_unit = all(abs(math.hypot(*vector) - 1) < 0.01 for vector in (row, column))
+    return values if is_unit and abs(sum(map(operator.mul, row, column))) < 0.01 else None
 
 
 def position_of(view: Dataset) -> tuple[float, ...] | None:

@@ -11,7 +11,7 @@ from pydicom import Dataset
 from pydicom.multival import MultiValue
 
 from medaug.io import limits
-from medaug.io.dicom_elements import code, codes, double, items, quiet, text, texts
+from medaug.io.dicom_elements import code, codes, double, has, items, quiet, tag_of, text, texts
 from medaug.io.dicom_file import frame_count, open_header
 from medaug.io.dicom_frames import frame_order, frame_views, is_enhanced, orientation_of, phase_of, position_of, spacing_of
 
@@ -53,6 +53,7 @@ class DicomHeader:
         instance_number: InstanceNumber.
         temporal: what may tell 4-D phases apart, see `dicom_frames.phase_of`; "" for a multi-frame file.
         modality: "CT" ...
+        declared: what it says about text in its pixels: `burned_in` (value of (0028,0301)), `sop_class`, `image_type`.
         frame_positions: of a multi-frame file whose frames have positions, in `frame_order`.
         frame_indices: the frames in that order, 0-based.
     """
@@ -77,6 +78,7 @@ class DicomHeader:
     modality: str = ""
     frame_of_reference: str = ""
     sop_class: str = ""
+    declared: dict[str, Any] = field(default_factory=dict)
     frame_positions: tuple[tuple[float, ...], ...] | None = None
     frame_indices: tuple[int, ...] | None = None
 
@@ -126,6 +128,11 @@ def _header(dataset: Dataset) -> DicomHeader:
         modality=code(dataset, "Modality"),
         frame_of_reference=text(dataset, "FrameOfReferenceUID"),
         sop_class=text(dataset, "SOPClassUID"),
+        declared={
+            "burned_in": code(dataset, "BurnedInAnnotation"),
+            "sop_class": text(dataset, "SOPClassUID"),
+            "image_type": texts(dataset, "ImageType"),
+        },
         frame_positions=positions,  # type: ignore[arg-type]
         frame_indices=None if order is None else tuple(order),
     )
@@ -133,8 +140,10 @@ def _header(dataset: Dataset) -> DicomHeader:
 
 def identifier(dataset: Dataset, keyword: str) -> str:
     """An identifying element as text, "" if absent; undecoded where its character set is broken."""
+    if not has(dataset, keyword):
+        return ""
     try:
-        value = dataset.get(keyword)
+        value = dataset[tag_of(keyword)[0]].value
         parts: list[Any] = list(value) if isinstance(value, (list, MultiValue)) else [value or ""]
         return SEPARATOR.join(str(part).strip(" \0") for part in parts)
     except (ValueError, LookupError, TypeError, AttributeError):  # a broken character set

@@ -38,8 +38,10 @@ def to_unit(picture: Picture, window: tuple[float, float] | None = None) -> tupl
     check_finite(picture.pixels)
     kind, lower, upper = _range(picture, window)
     # float64: the width of two huge float32 values may overflow.
-    scaled = (picture.pixels.astype(np.float64) - lower) / (upper - lower)
-    return np.clip(scaled, 0.0, 1.0).astype(np.float32), {"kind": kind, "0": lower, "1": upper}
+    scaled = picture.pixels.astype(np.float64)
+    scaled -= lower
+    scaled /= upper - lower
+    return np.clip(scaled, 0.0, 1.0, out=scaled).astype(np.float32), {"kind": kind, "0": lower, "1": upper}
 
 
 def _range(picture: Picture, window: tuple[float, float] | None) -> tuple[str, float, float]:

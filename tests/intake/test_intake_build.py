@@ -224,7 +224,15 @@ def test_dicom_in_any_layout_without_a_trace_of_the_patient(tmp_path):
     assert codes(result)["IM0099"] == "image-without-label" and len(result.quarantine) == 2
     written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file()) + repr(result).encode()
     written += "".join(path.name for path in out.rglob("*")).encode()
-    for secret in (b"Quixote", b"Alonso", str(FIRST_PATIENT)[:9].encode(), b"ACC7731", b"19530917", b"9988776655", str(tmp_path / "in").encode()):
+    for secret in (
+        b"Quixote",
+        b"Alonso",
+        str(FIRST_PATIENT)[:9].encode(),
+        b"ACC7731",
+        b"19530917",
+        b"9988776655",
+        str(tmp_path / "in").encode(),
+    ):
         assert secret not in written
 
 
@@ -350,12 +358,12 @@ def test_run_again_returns_what_is_there_and_refuses_other_content(tmp_path):
 
 def test_interrupted_run_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch):
     source = fill(tmp_path / "in")
-    original = raster.write_unit_png
-    monkeypatch.setattr(raster, "write_unit_png", lambda path, image: (_ for _ in ()).throw(KeyboardInterrupt))
+    original = raster.encode_unit_png
+    monkeypatch.setattr(raster, "encode_unit_png", lambda image: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         take(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    monkeypatch.setattr(raster, "write_unit_png", original)
+    monkeypatch.setattr(raster, "encode_unit_png", original)
     stale = tmp_path / ".out.partial" / "images"  # as a killed process leaves it
     stale.mkdir(parents=True)
     (stale / "stale.png").write_bytes(b"x")

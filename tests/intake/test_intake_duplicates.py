@@ -137,3 +137,24 @@ def test_memoryless_classifier_with_many_images():
     labels = generator.integers(0, 2, 300)
     few = generator.random((300, 16)) + labels[:, None]  # 300 > 4 x 16: the covariance path
     assert (duplicates._memoryless_labels(few[:200], labels[:200], few[200:]) == labels[200:]).mean() > 0.9
+
+
+def test_nearest_image_does_not_depend_on_the_blocks(monkeypatch):
+    generator = np.random.default_rng(5)
+    train, test = generator.integers(0, 3, (70, 4)).astype(np.float16), generator.integers(0, 3, (50, 4)).astype(np.float16)
+    distances = ((test[:, None].astype(float) - train[None]) ** 2).sum(axis=2)
+    for block in (7, 64, 1024):
+        monkeypatch.setattr(duplicates, "BLOCK", block)
+        found = duplicates._nearest(train, test)
+        np.testing.assert_array_equal(found, distances.argmin(axis=1))  # the first of equals
+
+
+def test_principal_components_are_those_of_the_singular_values(monkeypatch):
+    generator = np.random.default_rng(6)
+    images = generator.normal(size=(90, 8)) * np.arange(8, 0, -1) + 3
+    mean = images.mean(axis=0)
+    _, singular, basis = np.linalg.svd(images - mean, full_matrices=False)
+    monkeypatch.setattr(duplicates, "BLOCK", 32)
+    deviation, found = duplicates._principal(images, mean, 3)
+    np.testing.assert_allclose(deviation, singular[:3] / np.sqrt(90), rtol=1e-5)
+    np.testing.assert_allclose(np.abs((found * basis[:3]).sum(axis=1)), 1, rtol=1e-5)
