@@ -1,6 +1,19 @@
 """Diffusion on tensors and callables: schedules, parameterisations, steps, the sampling loop, guidance, perturbation."""
 
-from medaug.diffusion.guidance import GradientGuidance, classifier_free, classifier_free_noise, score_guided_noise
+from medaug.diffusion.guidance import (
+    SCALE_SCHEDULES,
+    ConditionAnnealing,
+    Constant,
+    Extrapolation,
+    GradientGuidance,
+    Interval,
+    MeanGuided,
+    SqrtAbar,
+    Together,
+    classifier_free,
+    classifier_free_noise,
+    score_guided_noise,
+)
 from medaug.diffusion.inversion import Replay, Trajectory, cycle_inversion, ddim_inversion, start_timesteps
 from medaug.diffusion.objective import P2, WEIGHTINGS, EDMWeight, MinSNR, Uniform, with_weighting
 from medaug.diffusion.parameterisation import (
@@ -21,24 +34,45 @@ from medaug.diffusion.perturbation import LOCATIONS, PERTURBED_TERMS, Perturbati
 from medaug.diffusion.sampler import sample
 from medaug.diffusion.schedule import SCHEDULES, NoiseSchedule, make_schedule, pairs, spaced_timesteps
 from medaug.diffusion.steps import DDIM, STEPS, Ancestral, DPMSolverPP2M, Step, ddim_step, ddpm_step, dpm_solver_pp_2m_step
+from medaug.diffusion.two_stage import disturb, two_stage
+from medaug.diffusion.uncertainty import (
+    MEASURES,
+    ClassMeasure,
+    DropoutVotes,
+    EnsembleVotes,
+    OnPredictedX0,
+    Timeless,
+    make_measure,
+)
 
 __all__ = [
     "DDIM",
     "EDM",
     "P2",
     "PARAMETERISATIONS",
+    "SCALE_SCHEDULES",
     "SCHEDULES",
     "STEPS",
     "WEIGHTINGS",
     "Ancestral",
+    "ClassMeasure",
+    "ConditionAnnealing",
+    "Constant",
     "DPMSolverPP2M",
+    "DropoutVotes",
     "EDMWeight",
+    "EnsembleVotes",
     "Epsilon",
+    "Extrapolation",
     "GradientGuidance",
+    "Interval",
     "LOCATIONS",
     "Level",
+    "MEASURES",
+    "MeanGuided",
     "MinSNR",
     "NoiseSchedule",
+    "OnPredictedX0",
     "PERTURBED_TERMS",
     "Parameterisation",
     "Perturbation",
@@ -46,7 +80,10 @@ __all__ = [
     "Prediction",
     "Replay",
     "Sample",
+    "SqrtAbar",
     "Step",
+    "Timeless",
+    "Together",
     "Trajectory",
     "Uniform",
     "Velocity",
@@ -58,8 +95,10 @@ __all__ = [
     "ddim_inversion",
     "ddim_step",
     "ddpm_step",
+    "disturb",
     "dpm_solver_pp_2m_step",
     "make_level",
+    "make_measure",
     "make_schedule",
     "noise_from_x_0",
     "pairs",
@@ -67,6 +106,7 @@ __all__ = [
     "score_guided_noise",
     "spaced_timesteps",
     "start_timesteps",
+    "two_stage",
     "with_weighting",
     "x_0_from_noise",
 ]

@@ -31,19 +31,20 @@ class ConditionalDenoiser:
         objective: parameterisation and schedule it was trained with.
         labels: (B,) classes; None for a network without.
         features: of the references, (B, C_r, h, w); None for a network without.
-        guidance_scale: classifier-free scale on all conditions together; at 1 the pass without them is left out.
+        guidance_scale: classifier-free scale on all conditions together, one number or one per image (B,); at 1 the pass without them is
+            left out.
     """
 
     network: GuidedUNet
     objective: NoiseObjective
     labels: Tensor | None = None
     features: Tensor | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | Tensor = 1.0
 
     @property
     def passes(self) -> int:
         """Passes in one batch: 2 with guidance."""
-        return 1 if self.guidance_scale == 1 else 2
+        return 1 if bool((torch.as_tensor(self.guidance_scale) == 1).all()) else 2
 
     def ask(self, x_t: Tensor, t: int, after_block: AfterBlock | None = None) -> Query:
         """Run encoder and middle block on x_t (B, C, H, W); `after_block` as for `GuidedUNet.encode`."""

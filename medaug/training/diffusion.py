@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,23 +86,40 @@ class GuidedIteration:
             torch.manual_seed(torch_generator(self.seed, "iteration", iteration).initial_seed())
             losses = guided_losses(network, engine.inferer, engine.loss_function, batch, self, engine.state.device)
         total = losses["loss_noise"] + self.label_loss_weight * losses["loss_label"]
-        if not torch.isfinite(total):
-            raise ConfigError(
-                "training-diverged",
-                f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.",
-            )
-        engine.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.max_gradient_norm)
-        engine.optimizer.step()
-        self.scheduler.step()
-        self.ema.update(network)
-        values = {name: float(value.detach()) for name, value in losses.items()}
-        return values | {
-            "loss": float(total.detach()),
-            "gradient_norm": float(norm),
-            "learning_rate": self.scheduler.get_last_lr()[0],
-        }
+        return {name: float(value.detach()) for name, value in losses.items()} | optimise(engine, total, iteration, self)
+
+
+class OptimiserStep(Protocol):
+    """What `optimise` needs of an iteration."""
+
+    ema: ExponentialMovingAverage
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    max_gradient_norm: float
+
+
+def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) -> dict[str, float]:
+    """One step of optimiser, learning rate and average down the loss `total`. Returns loss, gradient norm and learning rate.
+
+    Raises:
+        ConfigError: the loss is not finite (code `training-diverged`).
+    """
+    if not torch.isfinite(total):
+        raise ConfigError(
+            "training-diverged",
+            f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.",
+        )
+    network = engine.network
+    engine.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    norm = nn.utils.clip_grad_norm_(network.parameters(), step.max_gradient_norm)
+    engine.optimizer.step()
+    step.scheduler.step()
+    step.ema.update(network)
+    return {
+        "loss": float(total.detach()),
+        "gradient_norm": float(norm),
+        "learning_rate": float(step.scheduler.get_last_lr()[0]),
+    }
 
 
 def guided_losses(

@@ -146,7 +146,7 @@ class TrainingSession:
 
 
 class EpochMeans:
-    """Means of the losses since they were last taken."""
+    """Means of the losses since they were last taken; of a value that not every iteration has, over those that have it."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, float]] = []
@@ -158,7 +158,8 @@ class EpochMeans:
     def take(self) -> dict[str, float]:
         """The means; empties the list."""
         rows, self.rows = self.rows, []
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+        found = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(name for row in rows for name in row)}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
