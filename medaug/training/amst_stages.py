@@ -23,7 +23,27 @@ from medaug.training.steps import EndlessOrder, class_weights, rate_factor
 
 Key = tuple[Hashable, ...]
 
-__all__ = ["Joined", "MainStep", "consistency_loss", "frozen_statistics", "pretrain", "pretraining_loss", "refresh"]
+__all__ = ["Joined", "MainStep", "consistency_loss", "frozen_statistics", "judging", "pretrain", "pretraining_loss", "refresh"]
+
+
+@contextmanager
+def judging(network: nn.Module) -> Iterator[None]:
+    """Drop-out is off inside the block, and batch norm normalises by the batch and keeps its running statistics; modes are put back.
+
+    In evaluation mode the running statistics trail a network that learns fast, and for whole epochs it may call every image the
+    same class, with confidence: as a target of the consistency, that teaches the network its own lag.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    for module in modes:
+        if isinstance(module, _BatchNorm):
+            module.training = True
+    try:
+        with frozen_statistics(network):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -282,12 +302,10 @@ class MainStep:
         return self.amst.views.weak(x, keys), self.amst.views.strong(x, keys)
 
     def _consistency(self, weak: Tensor, strong: Tensor, num_classes: int) -> Tensor:
-        """L_c; the weak view is judged as at inference, without drop-out and by the running statistics."""
+        """L_c; the weak view is judged without drop-out."""
         self._weigh = self._weigh or self.amst.softmatch(num_classes, self.round_steps)
-        with torch.no_grad():
-            self.network.eval()
+        with torch.no_grad(), judging(self.network):
             weak_logits = self.network(weak)
-        self.network.train()
         with frozen_statistics(self.network):
             loss, weights = consistency_loss(weak_logits, self.network(strong), self._weigh, self.amst.soft_target)
         self.image_passes += len(strong)

@@ -18,7 +18,7 @@ from medaug.training import amst as module
 from medaug.training import amst_stages
 from medaug.training.amst import fit_amst, make_heads, stage_steps
 from medaug.training.amst_recipe import AmstRecipe, amst_recipe
-from medaug.training.amst_stages import Joined, MainStep, frozen_statistics, pretrain, pretraining_loss, refresh
+from medaug.training.amst_stages import Joined, MainStep, frozen_statistics, judging, pretrain, pretraining_loss, refresh
 from medaug.training.classifier import ClassifierRecipe, LabelledImages, predict_logits, seeded
 from medaug.training.softmatch import SoftMatch
 from medaug.training.steps import EndlessOrder
@@ -396,7 +396,7 @@ def main_step(network, num_steps=4):
 
 
 def test_stage_three_shows_every_part_its_own_view_in_its_own_mode(monkeypatch):
-    """Labelled: weak, in training. Unlabelled: weak, as at inference and without gradient, then strong, in training."""
+    """Labelled: weak, in training. Unlabelled: weak, without drop-out and gradient, then strong, in training."""
     network = fresh()
     step, labelled, unlabelled = main_step(network)
     seen = watched(network, monkeypatch)
@@ -429,6 +429,29 @@ def test_only_the_labelled_batch_moves_the_running_statistics():
     alone.train()(Views().weak(plain, [("p", "view", 0, position) for position in range(8)]))
     for key, value in running(alone).items():
         torch.testing.assert_close(running(network)[key], value, msg=key)
+
+
+def test_targets_of_the_consistency_do_not_follow_running_statistics_that_trail():
+    """What a step learns depends on its batches alone, however far behind the running statistics are."""
+    losses = []
+    for lag in (0.0, 50.0):
+        network = fresh()
+        for key, value in network.state_dict().items():
+            if "running_mean" in key:
+                value += lag
+        losses.append(main_step(network)[0](0))
+        assert network.training and all(module.training for module in network.modules())
+    assert losses[0] == losses[1]
+
+
+def test_judging_drops_nothing_and_leaves_the_network_as_it_was():
+    network = fresh().train()
+    network.features[4].eval()  # a part that someone froze
+    before, x = running(network), torch.randn(8, 1, 16, 16)
+    with judging(network):
+        first, second = network(x), network(x)
+    assert torch.equal(first, second) and network.training and not network.features[4].training
+    torch.testing.assert_close(running(network), before)
 
 
 def test_a_round_has_one_softmatch_that_remembers(monkeypatch):
