@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medaug import __version__, storage
+from medaug import __implementation_uid__, __version__, storage
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError
 from medaug.phantom_drawing import LOWEST_HU, NUM_GRADES, Grid, cut_nodules, draw_anatomy, draw_nodules, draw_slice
@@ -136,7 +136,7 @@ def _dataset(drawn: PhantomSlice, seed: int) -> Dataset:
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.ImplementationClassUID = UID(_uid("implementation"))
+    dataset.file_meta.ImplementationClassUID = UID(__implementation_uid__)
     dataset.file_meta.ImplementationVersionName = f"MEDAUG {__version__}"[:16]
     elements: dict[str, Any] = {
         "SpecificCharacterSet": "ISO_IR 192",

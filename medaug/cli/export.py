@@ -59,10 +59,14 @@ def _verify(folder: Path, as_json: bool) -> None:
     from medaug.export.manifest import verify_export
 
     result = verify_export(folder)
-    show(result, as_json, f"{result['files']} files of {folder} are as they were written, {result['images']} synthetic images.")
+    show(result, as_json, f"{result['files']} files of {folder} are as they were written, {_number(result['images'], 'image')}.")
 
 
 def _text(summary: dict[str, Any], out: Path) -> str:
     kind = f"DICOM ({summary['storage_class']})" if summary["storage_class"] else summary["format"]
-    first = f"{summary['images']} synthetic images of {summary['patients']} synthetic patients as {kind} in {out}."
+    first = f"{_number(summary['images'], 'image')} of {_number(summary['patients'], 'patient')} as {kind} in {out}."
     return "\n".join([first, *summary["notes"], f"Manifest: {out / 'manifest.json'}"])
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} synthetic {what}" + ("" if count == 1 else "s")

@@ -22,7 +22,10 @@ WebOption = Annotated[
 ]
 CalledOption = Annotated[str | None, typer.Option("--called", help="AE title of the PACS.")]
 CallingOption = Annotated[str, typer.Option("--calling", help="Our AE title, as the PACS knows it.")]
-TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds without an answer before giving up.")]
+TimeoutOption = Annotated[
+    float,
+    typer.Option("--timeout", min=0.1, help="Seconds without an answer before giving up; DICOMweb: 5 times it for a request."),
+]
 RetriesOption = Annotated[int, typer.Option("--retries", min=0, help="Further tries when nothing came, with growing pauses.")]
 InsecureOption = Annotated[bool, typer.Option("--insecure", help="Allow credentials over http to another machine.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Check and count, transfer nothing.")]
@@ -61,10 +64,7 @@ def receive(
             f"{result['ae_title']} could listen on {host} port {result['port']} for {allowed}; {result['files']} files are here."
         )
     else:
-        refused = sum(result["refused"].values())
-        text = (
-            f"{result['received']} received, {result['already']} sent twice, {refused} refused; {result['files']} files are here."
-        )
+        text = _received(result)
     show(result, as_json, text)
     if result.get("interrupted") and (limit is not None or idle is not None):
         raise KeyboardInterrupt  # it was to wait for more; without a limit, an interrupt is the way to stop
@@ -162,7 +162,8 @@ def table_keys(path: Path, key: str, column: str | None = None, sheet: str | Non
         ConfigError: `option-malformed`, `column-missing`, `sheet-missing`.  DataError: the table cannot be read.
     """
     from medaug.errors import DataError
-    from medaug.intake.labels import USUAL_NAMES, describe_columns, read_cells
+    from medaug.intake.labels import describe_columns
+    from medaug.intake.tables import USUAL_NAMES, read_cells
 
     if key not in ("accession", "patient", "study"):
         raise ConfigError("option-malformed", "--key takes accession, patient or study.")
@@ -190,6 +191,16 @@ def table_keys(path: Path, key: str, column: str | None = None, sheet: str | Non
 
 def _places(names: list[str], wanted: str) -> list[int]:
     return [index for index, name in enumerate(names) if name == wanted]
+
+
+def _received(result: dict[str, Any]) -> str:
+    refused = dict(result["refused"])
+    aborted = refused.pop("transfer-aborted", 0)
+    codes = f" ({', '.join(f'{code} x {number}' for code, number in refused.items())})" if refused else ""
+    return (
+        f"{result['received']} received, {result['already']} sent twice, {sum(refused.values())} refused{codes}, "
+        f"{aborted} broken off; {result['files']} files are here."
+    )
 
 
 def _retrieved(result: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import DSfloat
 
-from medaug import __version__
-from medaug.export.facts import MARK, ImageFacts, new_uid
+from medaug import __implementation_uid__, __version__
+from medaug.export.facts import MARK, ImageFacts
 from medaug.io import limits
 
 SOP_CLASSES = {
@@ -81,7 +81,7 @@ def encode_dicom(stored: np.ndarray, facts: ImageFacts, storage_class: str) -> b
     block.add_new(0x01, "UT", json.dumps(facts.to_json(), sort_keys=True, ensure_ascii=False))
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.ImplementationClassUID = UID(new_uid("implementation"))
+    dataset.file_meta.ImplementationClassUID = UID(__implementation_uid__)
     dataset.file_meta.ImplementationVersionName = f"MEDAUG {__version__}"[:16]
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)

@@ -12,9 +12,9 @@ import numpy as np
 from medaug.cohort import SPLITS
 from medaug.errors import DataError
 from medaug.intake import duplicates
-from medaug.intake.classes import Classes, find_classes, in_words, tidy
+from medaug.intake.classes import Classes, find_classes, in_words, shown, tidy
 from medaug.intake.grouping import describe_groups, group, join_known, thumbnails
-from medaug.intake.identity import names_patient, reveals
+from medaug.intake.identity import may_name_patient, names_patient
 from medaug.intake.join import SPLIT_RANK
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.read import Quarantine
@@ -132,7 +132,7 @@ def refuse_names(records: Sequence[Record]) -> frozenset[str]:
             pair = (label, record.secrets)
             if pair not in seen:
                 names = any(names_patient(label, secret) for secret in record.secrets)
-                may_name = any(len(secret.strip()) >= 4 and reveals(label, secret) for secret in record.secrets)
+                may_name = any(may_name_patient(label, secret) for secret in record.secrets)
                 seen[pair] = names, may_name
             if seen[pair][0]:
                 certain.add(label)
@@ -241,7 +241,9 @@ def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarant
                 f"Class {in_words(result.classes.names, label, sayable)} has no usable image in the training split; "
                 "use --split to divide the source anew.",
             )
-        result.notes.extend(f"Class {name!r} has no image in the {split} split." for split in SPLITS[1:] if split not in present)
+        result.notes.extend(
+            f"Class {shown(name)} has no image in the {split} split." for split in SPLITS[1:] if split not in present
+        )
 
 
 def _assign(records: Sequence[Record], ratios: Sequence[float], seed: int) -> None:

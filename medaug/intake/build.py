@@ -18,12 +18,14 @@ from medaug.intake.compose import compose
 from medaug.intake.copies import discard_copies, publish_copies, write_copies
 from medaug.intake.identity import known_patient
 from medaug.intake.join import Joiner
-from medaug.intake.labels import count_uncached, read_rows
+from medaug.intake.labels import read_rows
+from medaug.intake.processes import read_records
 from medaug.intake.pseudonyms import Pseudonyms, write_mapping
-from medaug.intake.read import Quarantine, Suspects, read_records
+from medaug.intake.read import Quarantine, Suspects
 from medaug.intake.records import IntakeOptions, IntakeResult, Record, partial_folder
 from medaug.intake.scan import Scan, scan, source_sha256
 from medaug.intake.series import arrange
+from medaug.intake.tables import count_uncached
 from medaug.intake.volumes import gather
 
 __all__ = ["IntakeOptions", "IntakeResult", "run_intake"]

@@ -7,11 +7,13 @@ a row at regular distances. A side marker of one or two lead letters is no row; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from medaug.io.blocks import row_blocks
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are outside
 
@@ -100,6 +102,7 @@ def find_text(pixels: np.ndarray) -> list[Box]:
         boxes within the picture, sorted, with a margin of a letter or more. Text of 6 to about 64 pixels height.
     """
     grey = pixels.mean(axis=-1, dtype=np.float32) if pixels.ndim == 3 else np.asarray(pixels, dtype=np.float32)
+    own = not np.may_share_memory(grey, pixels)
     if min(grey.shape) < MIN_SIDE:
         return []
     low = float(grey.min())
@@ -114,15 +117,21 @@ def find_text(pixels: np.ndarray) -> list[Box]:
             return []
         span = high - low
         grey = np.clip(grey, low, high)
+        own = True
         edges = _edges_per_tile(grey, STRONG * span)
         if edges.max(initial=0) < BUSY:  # a quick no for most pictures
             return []
-    unit = (grey - np.float32(low)) / np.float32(span)
+    # In place from here on: a large picture takes a quarter of a gigabyte each time.
+    unit = np.subtract(grey, np.float32(low), out=grey if own else None)
+    del grey
+    unit /= np.float32(span)
     noisy = float((edges >= BUSY).mean()) > NOISY
     found: list[Box] = []
-    for image in (unit, 1 - unit):
-        for strokes in _binarised(image):
-            found += _rows_of_letters(strokes, image, noisy)
+    for dark in (False, True):
+        if dark:
+            np.subtract(1, unit, out=unit)
+        for strokes in _binarised(unit):
+            found += _rows_of_letters(strokes, unit, noisy)
     return _merged(found, unit.shape[:2])
 
 
@@ -138,15 +147,18 @@ def _edges_per_tile(grey: np.ndarray, strong: float) -> np.ndarray:
     return by_column.reshape(height // TILE, width // TILE, TILE).sum(axis=2, dtype=np.uint16)
 
 
-def _binarised(image: np.ndarray) -> list[np.ndarray]:
+def _binarised(image: np.ndarray) -> Iterator[np.ndarray]:
     """Candidates for strokes: what is about as bright as anything, and what stands out of its surroundings."""
     from scipy import ndimage
 
-    masks = [image > 0.6, image > 0.85]
+    yield image > 0.6
+    yield image > 0.85
     for size in (9, 25):
         background = ndimage.uniform_filter(image, size)
-        masks.append(image > background + STRONG)
-    return masks
+        background += STRONG
+        strokes = image > background
+        del background
+        yield strokes
 
 
 def _rows_of_letters(strokes: np.ndarray, image: np.ndarray, noisy: bool) -> list[Box]:
@@ -164,7 +176,9 @@ def _letters(strokes: np.ndarray, image: np.ndarray) -> list[Box]:
     labels, number = ndimage.label(strokes, structure=np.ones((3, 3)))
     if not 0 < number <= 20_000:
         return []
-    areas = np.bincount(labels.ravel(), minlength=number + 1)
+    areas = np.zeros(number + 1, dtype=np.intp)
+    for block in row_blocks(labels):
+        areas += np.bincount(labels[block].ravel(), minlength=number + 1)
     letters = []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         top, bottom, left, right = place[0].start, place[0].stop, place[1].start, place[1].stop
@@ -286,15 +300,19 @@ def thumbnail(pixels: np.ndarray, boxes: Sequence[Box], side: int = 96) -> np.nd
 
     grey = pixels.mean(axis=-1) if pixels.ndim == 3 else pixels
     low, high = (float(value) for value in np.percentile(grey, (1, 99)))
-    unit = np.clip((grey - low) / (high - low if high > low else 1.0), 0, 1)
+    levels = np.empty(grey.shape, dtype=np.uint8)
+    for block in row_blocks(grey):
+        unit = np.clip((grey[block] - low) / (high - low if high > low else 1.0), 0, 1)
+        levels[block] = np.rint(unit * 255)
     for top, left, bottom, right in boxes:
-        unit[top:bottom, left:right] = 0
-    image = Image.fromarray(np.rint(unit * 255).astype(np.uint8)).convert("RGB")
+        levels[top:bottom, left:right] = 0
+    image = Image.fromarray(levels).convert("RGB")
     scale = side / max(image.size)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BOX)
     draw = ImageDraw.Draw(small)
     for top, left, bottom, right in boxes:
-        draw.rectangle((left * scale, top * scale, right * scale - 1, bottom * scale - 1), fill=(0, 0, 0), outline=(193, 18, 31))
+        corner = (max(right * scale - 1, left * scale), max(bottom * scale - 1, top * scale))  # of a long strip less than a pixel
+        draw.rectangle((left * scale, top * scale, *corner), fill=(0, 0, 0), outline=(193, 18, 31))
     canvas = Image.new("RGB", (side, side), "white")
     canvas.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
     return np.asarray(canvas)

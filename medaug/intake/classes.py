@@ -14,6 +14,7 @@ ROMAN = {"0": 0, "i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5, "vi": 6, "vii": 7, 
 GRADE = re.compile(r"(?:grade)?[\s_-]*(?:([+-]?\d{1,6})(?:[.,]0+)?|([ivx]+))", re.IGNORECASE)
 GRADE_NAME = re.compile(r"grade[\s_-]*(\d+)", re.IGNORECASE)
 MAX_CLASSES = 1_000
+MAX_SHOWN = 40  # letters
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,12 @@ def _name_order(name: str) -> tuple[int, str]:
 
 def _quote(texts: Iterable[str]) -> str:
     ordered = sorted(texts)
-    return ", ".join(repr(text[:40]) for text in ordered[:5]) + (" ..." if len(ordered) > 5 else "")
+    return ", ".join(shown(text) for text in ordered[:5]) + (" ..." if len(ordered) > 5 else "")
+
+
+def shown(name: str) -> str:
+    """A class name as messages repeat it: in quotes, and cut where it is a whole text."""
+    return repr(name) if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]!r} ..."
 
 
 def is_grade(name: str) -> bool:
@@ -114,7 +120,7 @@ def is_grade(name: str) -> bool:
 def in_words(names: Sequence[str], rank: int, sayable: Container[str] = ()) -> str:
     """What an error calls a class: its name if it is a grade or among `sayable`, else its place among the classes."""
     name = names[rank]
-    return repr(name) if is_grade(name) or name in sayable else f"number {rank + 1} of {len(names)} in order of name"
+    return shown(name) if is_grade(name) or name in sayable else f"number {rank + 1} of {len(names)} in order of name"
 
 
 def _check_number(names: list[str], images: int, sayable: Container[str]) -> None:

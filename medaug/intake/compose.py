@@ -12,8 +12,8 @@ import numpy as np
 
 from medaug.cohort import SPLITS, Case, Cohort, created_by
 from medaug.intake.assemble import Assembly
+from medaug.intake.processes import image_path
 from medaug.intake.pseudonyms import Pseudonyms
-from medaug.intake.read import image_path
 from medaug.intake.records import IntakeOptions, Record
 from medaug.io import raster
 

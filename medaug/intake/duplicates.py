@@ -7,6 +7,7 @@ neighbours are in this cohort. Labels are never used for it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medaug import draws, storage
+from medaug import draws
 from medaug.errors import DataError
+from medaug.io.blocks import row_blocks
 
 THUMBNAIL_SIZE = 32
 HASH_RADIUS = 6  # differing bits of 64 up to which two images count as near-copies
@@ -75,8 +77,10 @@ class Union:
 def pixel_sha256(unit_image: np.ndarray) -> str:
     """sha256 of a unit image as the cohort stores it: 16-bit grey, 8-bit colour."""
     levels = 65535 if np.ndim(unit_image) == 2 else 255
-    quantised = np.rint(np.asarray(unit_image, dtype=np.float64) * levels).astype("<u2")
-    return storage.sha256_bytes(repr(quantised.shape).encode() + quantised.tobytes())
+    digest = hashlib.sha256(repr(np.shape(unit_image)).encode())
+    for block in row_blocks(np.asarray(unit_image)):
+        digest.update(np.rint(np.asarray(unit_image[block], dtype=np.float64) * levels).astype("<u2").tobytes())
+    return digest.hexdigest()
 
 
 def thumbnail(unit_image: np.ndarray) -> np.ndarray:

@@ -164,7 +164,7 @@ def names_patient(text: str, secret: str) -> bool:
             return True
         if len(bare) >= WHOLE and (bare in tokens or _within(bare, label)):  # grade 3 is not study 0003
             return True
-        if sum(_has_part(part, label, tokens) for part in set(name_parts(wanted))) >= 2:
+        if sum(_has_part(part, label, tokens) for part in {normal_id(part): part for part in name_parts(wanted)}.values()) >= 2:
             return True
     return False
 
@@ -195,6 +195,11 @@ def reveals(name: str, secret: str) -> bool:
         if wanted in tokens or any(part in text for part in parts):
             return True
     return False
+
+
+def may_name_patient(label: str, secret: str) -> bool:
+    """`reveals` for a class name: a secret that is short without its leading zeros is in too many of them."""
+    return len(secret.strip()) >= WHOLE and len(normal_id(secret)) >= WHOLE and reveals(label, secret)  # grade 3, study 0003
 
 
 def is_counting_name(base: str) -> bool:

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
+import sys
 import unicodedata
-import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 from medaug.errors import ConfigError, DataError
 from medaug.intake.records import IntakeOptions, Item, normal_id
-
-MAX_TABLE_BYTES = 1 << 26
-MAX_INFLATED_BYTES = 1 << 28
-MAX_ROWS = 1_000_000
-MAX_COLUMNS = 2_000
-MAX_CELLS = 20_000_000
-USUAL_NAMES = {
-    "file": ("file", "filename", "image", "imagefile", "path", "filepath", "imagepath", "imageindex", "imageid", "name"),
-    "sop": ("sop", "sopinstanceuid", "sopuid", "instanceuid"),
-    "series": ("series", "seriesinstanceuid", "seriesuid"),
-    "study": ("study", "studyinstanceuid", "studyuid"),
-    "patient": ("patient", "patientid", "subject", "subjectid"),
-    "accession": ("accession", "accessionnumber"),
-    "label": ("label", "class", "grade", "diagnosis", "target", "category"),
-}
+from medaug.intake.tables import USUAL_NAMES, is_column_name, iterate_cells
 
 
-# Words of column names that may be repeated in a message; whatever else the first row holds may be a patient.
-COLUMN_WORDS = frozenset(word for names in USUAL_NAMES.values() for word in names) | frozenset(
-    re.findall(
-        r"\w+",
-        "id ids no nr num number code key index uid instance image file path name names date time birth born dob sex "
-        "gender age weight height group split fold set reader rater radiologist doctor physician senior score stage "
-        "severity finding findings result comment comments note notes remark remarks site hospital department ward "
-        "center centre side slice position location mm z x y modality outcome scanner device study series sop accession "
-        "patient subject case label class grade diagnosis target category first last given family surname exam "
-        "examination visit order referral report text type status quality mask lesion volume frame ",
-    )
-)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of the label table that concerns us; `number` counts from 1 below the header."""
 
@@ -86,8 +55,8 @@ def read_rows(options: IntakeOptions) -> list[Row]:
     """
     if options.labels is None:
         return []
-    cells = read_cells(options.labels, options.sheet)
-    header = [text.strip() for text in cells[0]]
+    cells = iterate_cells(options.labels, options.sheet)
+    header = [text.strip() for text in next(cells)]
     key = _column(header, options.key_column, options.key, "key")
     if key is None:
         raise ConfigError(
@@ -106,8 +75,9 @@ def read_rows(options: IntakeOptions) -> list[Row]:
     reader = _column(header, options.reader_column, None, "reader")
     place = _column(header, options.slice_column, None, "slice")
     rows = []
-    for number, line in enumerate(cells[1:], start=1):
-        row = Row(number, *(_cell(line, column) for column in (key, label, group, patient, split, reader, place)))
+    for number, line in enumerate(cells, start=1):
+        others = (sys.intern(_cell(line, column)) for column in (label, group, patient, split, reader, place))
+        row = Row(number, _cell(line, key), *others)
         if row.key or row.label:
             rows.append(row)
     if not rows:
@@ -143,167 +113,12 @@ def describe_columns(header: Sequence[str]) -> str:
 
     A name is repeated only if its words are usual ones for columns of label tables.
     """
-    plain = [name for name in header if _is_column_name(name)]
+    plain = [name for name in header if is_column_name(name)]
     text = f"Its first row has {len(header)} column(s)"
     text += f", among them: {', '.join(plain[:30])}{' ...' if len(plain) > 30 else ''}." if plain else "."
     if not plain and any(any(letter.isdigit() for letter in name) for name in header):
         text += " It looks like data: put a row with the names of the columns above it."
     return text
-
-
-def _is_column_name(name: str) -> bool:
-    words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).casefold())
-    return (
-        name.isascii()
-        and not re.search(r"[^A-Za-z _.()/-]", name)
-        and bool(words)
-        and all(word in COLUMN_WORDS for word in words)
-    )
-
-
-def read_cells(path: Path, sheet: str | None = None) -> list[list[str]]:
-    """A CSV or XLSX table as text, header first; content decides which of the two it is.
-
-    Raises:
-        ConfigError: the sheet does not exist.  DataError: unreadable, too large or empty.
-    """
-    size = path.stat().st_size
-    if size > MAX_TABLE_BYTES:
-        raise DataError(
-            "table-too-large", f"The label table has {size} bytes, at most {MAX_TABLE_BYTES} are read; cut it down to the images."
-        )
-    with open(path, "rb") as stream:
-        is_zip = stream.read(4) == b"PK\3\4"
-    cells = _read_xlsx(path, sheet) if is_zip else _read_csv(path.read_bytes())
-    cells = [line for line in cells if any(text.strip() for text in line)]
-    if not cells:
-        raise DataError("table-empty", "The label table holds no row.")
-    return cells
-
-
-def _read_csv(data: bytes) -> list[list[str]]:
-    text = _decode(data)
-    first = text.lstrip("\r\n").split("\n", 1)[0]
-    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's own hint
-        text, delimiter = text.split("\n", 1)[1] if "\n" in text else "", first.strip()[4]
-    else:
-        unquoted = re.sub(r'"[^"]*"', "", first)
-        delimiter = max(",;\t|", key=unquoted.count)
-    rows: list[list[str]] = []
-    try:
-        for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter):
-            rows.append(line)
-            _check_extent(len(rows), len(line))
-    except csv.Error as error:
-        raise DataError(
-            "table-unreadable", f"The label table is no readable CSV (row {len(rows) + 1}); save it again as CSV UTF-8."
-        ) from error
-    return rows
-
-
-def _decode(data: bytes) -> str:
-    encodings = ("utf-16",) if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252")
-    for encoding in encodings:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if "\0" not in text:
-            return text
-    raise DataError(
-        "table-unreadable", "The label table is neither text (UTF-8, UTF-16, Windows-1252) nor XLSX; save it again as CSV UTF-8."
-    )
-
-
-def _read_xlsx(path: Path, sheet: str | None) -> list[list[str]]:
-    import openpyxl
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            inflated = sum(entry.file_size for entry in archive.infolist())
-        if inflated > MAX_INFLATED_BYTES:
-            raise DataError(
-                "table-too-large",
-                f"The XLSX unpacks to {inflated} bytes, at most {MAX_INFLATED_BYTES} are read; save the rows needed as CSV.",
-            )
-        # Values, not formulas; not read_only, which does not know merged cells.
-        with open(path, "rb") as stream:  # a path would be refused for its extension
-            book = openpyxl.load_workbook(stream, data_only=True)
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - openpyxl raises anything on arbitrary bytes
-        raise DataError(
-            "table-unreadable", f"The XLSX cannot be read ({type(error).__name__}); save it again or as CSV UTF-8."
-        ) from None
-    try:
-        if sheet is not None and sheet not in book.sheetnames:
-            raise ConfigError("sheet-missing", f"The XLSX has no sheet of that name; {_describe_sheets(book.sheetnames)}.")
-        page = book[sheet] if sheet is not None else book.worksheets[0]
-        _check_extent(page.max_row, page.max_column)
-        grid = [[_text(value) for value in line] for line in page.iter_rows(values_only=True)]
-        for merged in page.merged_cells.ranges:
-            for row in range(merged.min_row - 1, merged.max_row):
-                for column in range(merged.min_col - 1, merged.max_col):
-                    grid[row][column] = grid[merged.min_row - 1][merged.min_col - 1]
-        return grid
-    finally:
-        book.close()
-
-
-def _describe_sheets(names: Sequence[str]) -> str:
-    """The number of sheets, and the names that are a spreadsheet program's own or usual words."""
-    usual = [
-        name
-        for name in names
-        if re.fullmatch(r"(Sheet|Tabelle|Table|Feuil|Hoja|Foglio|Blad) ?\d{0,3}", name) or _is_column_name(name)
-    ]
-    return f"it has {len(names)} sheet(s)" + (f", among them: {', '.join(usual[:20])}" if usual else "")
-
-
-def count_uncached(path: Path, sheet: str | None = None) -> int:
-    """Cells of an XLSX sheet that are formulas without a stored value: `read_cells` gives them as blank.
-
-    Programs that do not calculate write such cells. Returns 0 for a CSV.
-    """
-    import openpyxl
-
-    with open(path, "rb") as stream:
-        if stream.read(4) != b"PK\3\4":
-            return 0
-    with zipfile.ZipFile(path) as archive:
-        pages = [entry.filename for entry in archive.infolist() if entry.filename.startswith("xl/worksheets/")]
-        if not any(re.search(rb"<(\w+:)?f[ />]", archive.read(name)) for name in pages):
-            return 0
-    with open(path, "rb") as stored, open(path, "rb") as written:
-        values, formulas = (openpyxl.load_workbook(file, data_only=only) for file, only in ((stored, True), (written, False)))
-        try:
-            pages = [sheet if sheet is not None else book.worksheets[0].title for book in (values, formulas)]
-            rows = zip(values[pages[0]].iter_rows(), formulas[pages[1]].iter_rows(), strict=False)
-            return sum(
-                right.data_type == "f" and left.value is None
-                for lefts, rights in rows
-                for left, right in zip(lefts, rights, strict=False)
-            )
-        finally:
-            values.close()
-            formulas.close()
-
-
-def _check_extent(rows: int, columns: int) -> None:
-    if rows > MAX_ROWS or columns > MAX_COLUMNS or rows * columns > MAX_CELLS:
-        raise DataError(
-            "table-too-large",
-            f"The label table has {rows} rows and {columns} columns; at most {MAX_ROWS} and {MAX_COLUMNS}, "
-            f"{MAX_CELLS} cells, are read.",
-        )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
 
 
 def match_files(items: Sequence[Item], rows: Sequence[Row]) -> Matches:

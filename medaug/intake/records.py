@@ -287,5 +287,5 @@ def sha_of(path: Path) -> str:
     """sha256 of a file, of nothing if it cannot be read."""
     try:
         return storage.sha256_file(path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return storage.sha256_bytes(b"")

@@ -16,7 +16,7 @@ from typing import Any
 from medaug import storage
 from medaug.errors import DataError
 from medaug.intake.records import IntakeOptions, Item, partial_folder, quarantine_name, sha_of
-from medaug.io import dicom, nifti, npz, raster
+from medaug.io import dicom, nifti, npz, paths, raster
 from medaug.io.dicomdir import is_dicomdir, read_dicomdir
 from medaug.io.picture import Picture
 
@@ -139,7 +139,7 @@ def _scan_folder(options: IntakeOptions) -> Scan:
     found = Scan([], "folder")
     root = options.source.resolve()
     skipped = {options.out.resolve(), partial_folder(options.out).resolve()}
-    table = options.labels.resolve() if options.labels else None
+    table = paths.resolved(options.labels) if options.labels else None
     for path in _walk(root, skipped, found.ignored):
         if path == table:
             continue
@@ -200,9 +200,11 @@ def _walk(root: Path, skipped: set[Path], ignored: Counter[str]) -> Iterator[Pat
                 raise DataError("too-many-files", f"The source has more than {MAX_FILES} files; take it in by parts.")
             if name.startswith(".") or name.lower() in IGNORED_NAMES:
                 ignored["hidden-or-system"] += 1
-            elif path.is_symlink() and not path.resolve().is_relative_to(root):
+            elif path.is_symlink() and paths.resolved(path) is None:
+                ignored["link-in-a-loop"] += 1
+            elif path.is_symlink() and not paths.is_inside(path, root):
                 ignored["link-outside-source"] += 1
-            elif path.is_file():
+            elif paths.is_file(path):
                 yield path
             else:
                 ignored["not-a-regular-file"] += 1
@@ -214,7 +216,7 @@ def kind_of(path: Path) -> str | None:
     try:
         with open(path, "rb") as stream:
             head = stream.read(352)
-    except OSError:
+    except (OSError, ValueError):
         head = b""
     # First: the preamble may hold anything, and a TIFF header is foreseen there (PS3.10 7.1).
     if head[128:132] == b"DICM":
@@ -295,16 +297,17 @@ def _add_entry(found: Scan, root: Path, split: str, entry: Any, options: IntakeO
     names = (options.patient_column,) if options.patient_column else PATIENT_FIELDS
     item.patient = next((value for name in names if (value := _scalar(fields.get(name)))), "")
     code, reason = "", ""
-    if not path.resolve().is_relative_to(root):
+    real = paths.resolved(path)
+    if real is not None and not real.is_relative_to(root):
         code, reason = "path-outside-source", "The entry points outside the folder of the datalist."
-    elif not path.is_file():
+    elif real is None or not paths.is_file(path):
         code, reason = "image-missing", "The datalist names an image that is not there."
     elif (kind := kind_of(path)) in (None, "npz"):
         code, reason = "not-an-image", "The content is no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image."
-    if code:
+    if code or real is None:
         found.leave_out(item, code, reason)
         return
-    item.kind, item.relative = str(kind), path.resolve().relative_to(root).as_posix()
+    item.kind, item.relative = str(kind), real.relative_to(root).as_posix()
     found.items.append(item)
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from medaug import storage
 from medaug.errors import DataError
 from medaug.intake.identity import known_patient, patient_of
+from medaug.intake.masks import lesion_slice, stem_of
 from medaug.intake.records import IntakeOptions, Item, quarantine_name
-from medaug.io import dicom, nifti, stacks, volume
+from medaug.io import dicom, nifti, stacks
 from medaug.io.dicom_header import DicomHeader
 
 MIN_PARALLEL = 400  # headers; below, starting processes takes longer than reading
 _CHUNK = 64
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
-_SUFFIX = re.compile(r"(\.nii(\.gz)?|\.dcm|\.dicom|\.ima)$", re.IGNORECASE)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     patient. Phases of a 4-D series become volumes of their own. With `options.strict` a series with such
     duplicates, with several patients (`patients-in-one-series`) or planes (`geometry-mixed`), images without position among slices (`geometry-missing`),
     missing slices (`slice-missing`) or uneven distances (`slice-spacing-uneven`) is left out whole; else the report says
-    so. With `options.slices` "lesion" each volume keeps the slice with the largest mask: see `find_mask`.
+    so. With `options.slices` "lesion" each volume keeps the slice with the largest mask: see `masks.find_mask`.
 
     Args:
         items: as scanned; their fields `declared`, `series`, `slice_index` and `slices` are set.
@@ -332,35 +332,12 @@ def _place(found: _Volume) -> None:
                 item.slice_index = place
 
 
-def find_mask(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of the lesion mask of a volume.
-
-    Args:
-        folder: of masks.
-        names: what the volume is called, the surest first: for a NIfTI or multi-frame file its name without extension;
-            for a DICOM series its SeriesInstanceUID, then the name of the one folder that holds it.
-
-    Returns:
-        ``folder/<name>.nii.gz``, ``folder/<name>.nii`` or ``folder/<name>.dcm``, or the DICOM files in
-        ``folder/<name>/``; [] if there is none. Voxels above 0 are the lesion.
-    """
-    for name in names:
-        for suffix in (".nii.gz", ".nii", ".dcm"):
-            if (folder / (name + suffix)).is_file():
-                return [folder / (name + suffix)]
-        if (folder / name).is_dir():
-            files = [path for path in sorted((folder / name).iterdir()) if path.is_file() and dicom.is_dicom(path)]
-            if files:
-                return files
-    return []
-
-
 def _names(images: Sequence[_Image]) -> list[str]:
     """What the mask of a DICOM volume may be called; nothing that could leave the folder of masks."""
     header = images[0].header
     names = [header.series] if _UID.fullmatch(header.series) else []
     if len(images) == 1:
-        names.append(_SUFFIX.sub("", images[0].item.path.name))
+        names.append(stem_of(images[0].item.path))
     folders = {image.item.path.parent.name for image in images}
     return [name for name in [*names, *(folders if len(folders) == 1 else ())] if name not in ("", ".", "..")]
 
@@ -371,7 +348,7 @@ def _take_lesions(work: _Arranger, items: Sequence[Item], volumes: Sequence[_Vol
         try:
             header = nifti.read_nifti_header(item.path)
             if header.num_slices > 1:
-                item.slices = (_lesion(work.options, [_SUFFIX.sub("", item.path.name)], header.num_slices, header.positions),)
+                item.slices = (lesion_slice(work.options, [stem_of(item.path)], header.num_slices, header.positions),)
         except DataError as error:
             work.leave_out([_Image(item, DicomHeader())], error.code, error.message)
     for found in volumes:
@@ -380,7 +357,7 @@ def _take_lesions(work: _Arranger, items: Sequence[Item], volumes: Sequence[_Vol
         if num_slices < 2:
             continue
         try:
-            chosen = _lesion(work.options, _names(found.images), num_slices, found.positions or None)
+            chosen = lesion_slice(work.options, _names(found.images), num_slices, found.positions or None)
         except DataError as error:
             work.leave_out(found.images, error.code, error.message)
             continue
@@ -392,23 +369,3 @@ def _take_lesions(work: _Arranger, items: Sequence[Item], volumes: Sequence[_Vol
         others = [image for place, image in enumerate(found.images) if place != chosen]
         work.left_out.update(id(item) for image in others for item in image.items())
         work.counts["slice(s) were not chosen: their volume has a slice with a larger lesion."] += len(others)
-
-
-def _lesion(options: IntakeOptions, names: Sequence[str], num_slices: int, positions: Sequence[float] | None) -> int:
-    """The slice with the largest mask.
-
-    Raises:
-        DataError: `mask-missing`, `mask-mismatch`, `mask-empty`, or what reading the mask raises.
-    """
-    files = find_mask(options.masks, names) if options.masks is not None else []
-    if not files:
-        raise DataError("mask-missing", "The folder of masks holds no mask of this volume, so no slice can be chosen.")
-    mask = volume.read_volume(files)
-    known = positions is not None and mask.positions_mm is not None and len(mask.positions_mm) == num_slices > 1
-    apart = max(abs(a - b) for a, b in zip(positions or (), mask.positions_mm or (), strict=True)) if known else 0.0
-    if len(mask.pixels) != num_slices or (known and apart > abs(positions[-1] - positions[0]) / (num_slices - 1) / 2):  # type: ignore[index]
-        raise DataError(
-            "mask-mismatch",
-            f"The mask has {len(mask.pixels)} slices where the volume has {num_slices}, or they are at other places.",
-        )
-    return volume.largest_slice(mask)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from medaug.io.volume import Volume
 
 MIN_SLICES = 2
+_HEADER_BYTES = 352
 
 
 def gather(items: Sequence[Item]) -> list[Item]:
@@ -70,22 +71,39 @@ def encode(unit: np.ndarray, affine: np.ndarray | None) -> bytes:
         unit: (D, H, W) in [0, 1].
         affine: (d, h, w, 1) to patient coordinates in mm as in DICOM; None leaves qform and sform codes 0: unknown.
     """
+    return b"".join(_encoded(unit, affine))
+
+
+def _encoded(unit: np.ndarray, affine: np.ndarray | None) -> Iterator[bytes]:
     import nibabel
 
-    stored = np.rint(unit.astype(np.float64) * 65535).astype(np.uint16).transpose(2, 1, 0)
-    image = nibabel.Nifti1Image(stored, None)
+    # The header of an image without data: its voxels are compressed slice by slice and are never in memory as a whole.
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(unit.shape[::-1])
+    header.set_data_dtype(np.uint16)
+    header.set_slope_inter(1, 0)
     if affine is not None:
         # NIfTI counts to the right and front where DICOM counts to the left and back.
         matrix = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine)[:, [2, 1, 0, 3]]
-        image.set_sform(matrix, code=1)
-        image.set_qform(matrix, code=1, strip_shears=True)
-        image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)
+        header.set_sform(matrix, code=1)
+        header.set_qform(matrix, code=1, strip_shears=True)
+        header.set_xyzt_units("mm")
+    header["magic"], header["vox_offset"] = b"n+1", _HEADER_BYTES
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
+    yield compressor.compress(header.binaryblock.ljust(_HEADER_BYTES, b"\0"))
+    for plane in unit:  # columns run fastest
+        yield compressor.compress(np.rint(plane.astype(np.float64) * 65535).astype("<u2").tobytes())
+    yield compressor.flush()
 
 
 def write(path: Path, unit: np.ndarray, affine: np.ndarray | None) -> None:
-    """`encode` into a file of a folder that has no name yet."""
-    storage.write_staged(path, encode(unit, affine))
+    """`encode` into a file of a folder that has no name yet, as `storage.write_staged` writes.
+
+    Raises:
+        StorageError: as `storage.write_bytes`.
+    """
+    with storage.storage_errors(path.name), open(path, "wb") as stream:
+        stream.writelines(_encoded(unit, affine))
 
 
 def read(path: Path) -> np.ndarray:

@@ -18,8 +18,9 @@ from medaug.io.dicom_decode import check_pixel_format, decode_frames
 from medaug.io.dicom_elements import code, integer, quiet
 from medaug.io.dicom_file import frame_count, is_dicom, object_name, open_dataset, refuse_other_objects
 from medaug.io.dicom_frames import frame_order, frame_views, geometry_facts, spacing_of
-from medaug.io.dicom_header import DicomHeader, identifiers_of, read_header
+from medaug.io.dicom_header import DicomHeader, identifiers_of, read_header, secrets_of
 from medaug.io.dicom_pixels import Values, values_of, window_facts
+from medaug.io.dicom_terms import published_modality
 from medaug.io.picture import Picture
 
 __all__ = ["DicomHeader", "is_dicom", "read_dicom", "read_frames", "read_header"]
@@ -95,10 +96,12 @@ def read_frames(path: Path, chosen: Sequence[int] | None = None) -> Iterator[Pic
 
 def _picture(values: Values, view: Dataset, identifiers: dict[str, str], source: str) -> Picture:
     limits.check_finite(values.pixels)
-    return Picture(values.pixels, values.unit, code(view, "Modality"), _acquisition(view, values), identifiers, source)
+    secrets = secrets_of(identifiers)
+    modality = published_modality(code(view, "Modality"), secrets)
+    return Picture(values.pixels, values.unit, modality, _acquisition(view, values, secrets), identifiers, source)
 
 
-def _acquisition(view: Dataset, values: Values) -> dict[str, Any]:
+def _acquisition(view: Dataset, values: Values, secrets: Sequence[str]) -> dict[str, Any]:
     """Facts without patient data; what the file does not give, or gives wrongly, is absent."""
     facts: dict[str, Any] = {
         "original_size": [integer(view, "Rows"), integer(view, "Columns")],
@@ -109,7 +112,7 @@ def _acquisition(view: Dataset, values: Values) -> dict[str, Any]:
     spacing = spacing_of(view)
     if spacing is not None:
         facts["spacing_mm"] = list(spacing)
-    facts |= geometry_facts(view)
+    facts |= geometry_facts(view, secrets)
     facts |= window_facts(view, values.mirror)
     if code(view, "LossyImageCompression") == "01":
         facts["lossy"] = True

@@ -16,12 +16,9 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
     HTJ2KLossless,
     HTJ2KLosslessRPCL,
-    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGExtended12Bit,
@@ -35,6 +32,7 @@ from pydicom.uid import (
 from medaug.errors import DataError
 from medaug.io import limits
 from medaug.io.dicom_elements import code, integer
+from medaug.io.dicom_file import NATIVE
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
@@ -54,7 +52,6 @@ PLUGINS = {
     HTJ2K: "pylibjpeg",
     RLELossless: "pydicom",
 }
-NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian)
 PACKAGES = {
     "gdcm": "python-gdcm",
     "pyjpegls": "pyjpegls",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from pydicom import Dataset
+from pydicom.tag import BaseTag
 
 from medaug.errors import DataError
-from medaug.io.dicom_elements import codes, decimals, double, has, items
+from medaug.io.dicom_elements import codes, decimals, double, has, items, tag_of
+from medaug.io.dicom_terms import published_types
 
 # Functional group macro -> the elements of it that concern us (PS3.3 C.7.6.16.2, C.8.13, C.8.15)
 MACROS = {
@@ -29,7 +31,7 @@ MACROS = {
     "MREchoSequence": ("EffectiveEchoTime",),
     "MRDiffusionSequence": ("DiffusionBValue",),
 }
-_LEFT_OUT = frozenset({"PixelData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"})
+_LEFT_OUT = ("PixelData", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 # What may tell the phases of a 4-D series apart, the surest first.
 PHASE_KEYWORDS = (
     "TemporalPositionIdentifier",
@@ -54,7 +56,7 @@ def is_enhanced(dataset: Dataset) -> bool:
     return has(dataset, "SharedFunctionalGroupsSequence") or has(dataset, "PerFrameFunctionalGroupsSequence")
 
 
-def frame_views(dataset: Dataset, frames: int) -> list[Dataset]:
+def frame_views(dataset: Dataset, frames: int) -> Sequence[Dataset]:
     """One small data set per frame with the elements that hold for it, without pixels.
 
     Per-frame groups come before shared ones, and those before elements outside of the groups. The data set itself for a
@@ -65,44 +67,56 @@ def frame_views(dataset: Dataset, frames: int) -> list[Dataset]:
     """
     if frames == 1 and not is_enhanced(dataset):
         return [dataset]
-    common = _without(dataset, _LEFT_OUT)
     shared, per_frame = items(dataset, "SharedFunctionalGroupsSequence"), items(dataset, "PerFrameFunctionalGroupsSequence")
     if 0 < len(per_frame) < frames:
         raise DataError(
             "frame-groups-missing",
             f"The file declares {frames} frames and has functional groups for {len(per_frame)} (PS3.3 C.7.6.16); export it again.",
         )
-    if frames > 1:
-        common = _without(common, {"ImagePositionPatient"})
-    if shared:
-        _take(common, shared[0])
-    views = []
-    for index in range(frames):
-        view = Dataset({element.tag: element for element in (common.get_item(tag) for tag in common.keys())})  # noqa: SIM118 - iterating converts
-        view.file_meta = dataset.file_meta
-        if index < len(per_frame):
-            _take(view, per_frame[index])
-        views.append(view)
-    return views
+    left_out = {tag_of(keyword)[0] for keyword in (*_LEFT_OUT, *(("ImagePositionPatient",) if frames > 1 else ()))}
+    common = {tag: dataset.get_item(tag) for tag in dataset.keys() if tag not in left_out}  # noqa: SIM118 - iterating converts
+    common |= _of_group(shared[0]) if shared else {}
+    return _Views(dataset, common, per_frame, frames)
 
 
-def _without(dataset: Dataset, keywords: frozenset[str] | set[str]) -> Dataset:
-    left = Dataset({tag: dataset.get_item(tag) for tag in dataset.keys()})  # noqa: SIM118 - iterating converts
-    for keyword in keywords:
-        if has(left, keyword):
-            del left[keyword]
-    if hasattr(dataset, "file_meta"):
-        left.file_meta = dataset.file_meta
-    return left
+class _Views(Sequence[Dataset]):
+    """Made one at a time: every element once for every frame is more than a small file may ask for."""
+
+    def __init__(self, dataset: Dataset, common: dict[BaseTag, Any], per_frame: Sequence[Dataset], frames: int) -> None:
+        self._meta = dataset.file_meta
+        self._common, self._per_frame, self._frames = common, per_frame, frames
+        self._same = None if per_frame else self._view({})
+
+    def __len__(self) -> int:
+        return self._frames
+
+    @overload
+    def __getitem__(self, index: int) -> Dataset: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Dataset]: ...
+
+    def __getitem__(self, index: int | slice) -> Dataset | list[Dataset]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(self._frames)[index]]
+        place = range(self._frames)[index]
+        return self._same if self._same is not None else self._view(_of_group(self._per_frame[place]))
+
+    def _view(self, own: dict[BaseTag, Any]) -> Dataset:
+        view = Dataset(self._common | own)
+        view.file_meta = self._meta
+        return view
 
 
-def _take(view: Dataset, group: Dataset) -> None:
+def _of_group(group: Dataset) -> dict[BaseTag, Any]:
+    """The elements of a functional group item that concern us."""
+    found = {}
     for macro, keywords in MACROS.items():
         for item in items(group, macro)[:1]:
             for keyword in keywords:
                 if has(item, keyword):
-                    element = item.get_item(keyword)
-                    view[element.tag] = element
+                    element = item.get_item(tag_of(keyword)[0])
+                    found[tag_of(keyword)[0]] = element
+    return found
 
 
 def orientation_of(view: Dataset) -> tuple[float, ...] | None:
@@ -165,8 +179,13 @@ def _phase_key(phase: str) -> tuple[float, ...]:
     return tuple(float(part) if part else -np.inf for part in phase.split(PHASE_SEPARATOR)) if phase else ()
 
 
-def geometry_facts(view: Dataset) -> dict[str, Any]:
-    """orientation, position_mm, slice_thickness_mm, slice_spacing_mm, detector_spacing_mm and image_type, where valid."""
+def geometry_facts(view: Dataset, secrets: Sequence[str] = ()) -> dict[str, Any]:
+    """orientation, position_mm, slice_thickness_mm, slice_spacing_mm, detector_spacing_mm and image_type, where valid.
+
+    Args:
+        view: the elements that hold for the frame.
+        secrets: what leads to the patient, of which image_type holds nothing.
+    """
     facts: dict[str, Any] = {}
     for name, values in (("orientation", orientation_of(view)), ("position_mm", position_of(view))):
         if values is not None:
@@ -178,7 +197,7 @@ def geometry_facts(view: Dataset) -> dict[str, Any]:
     detector = decimals(view, "ImagerPixelSpacing", 2)  # at the detector, not in the patient (PS3.3 10.7.1.3)
     if detector is not None and min(detector) > 0:
         facts["detector_spacing_mm"] = list(detector)
-    image_type = codes(view, "FrameType") or codes(view, "ImageType")
+    image_type = published_types(codes(view, "FrameType") or codes(view, "ImageType"), secrets)
     if image_type:
-        facts["image_type"] = list(image_type)
+        facts["image_type"] = image_type
     return facts

@@ -9,8 +9,10 @@ from pydicom import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut
 
 from medaug.errors import DataError
+from medaug.io.blocks import row_blocks
 from medaug.io.dicom_decode import COLOUR
 from medaug.io.dicom_elements import code, decimal, has, integer, texts
+from medaug.io.dicom_terms import VOI_FUNCTIONS
 
 _EXACT = 1 << 24  # whole numbers below it are exact in float32
 
@@ -85,8 +87,11 @@ def _linear(stored: np.ndarray, slope: float, intercept: float, mirror: float | 
         if intercept:
             values += np.float32(intercept)
         return values if mirror is None else np.subtract(np.float32(mirror), values, out=values)
-    exact = stored.astype(np.float64) * slope + intercept
-    return (exact if mirror is None else mirror - exact).astype(np.float32)
+    values = np.empty(stored.shape, dtype=np.float32)
+    for block in row_blocks(stored):
+        exact = stored[block].astype(np.float64) * slope + intercept
+        values[block] = exact if mirror is None else mirror - exact
+    return values
 
 
 def _grey_unit(dataset: Dataset, rescale: tuple[float, float] | None, bits: int, signed: bool) -> str:
@@ -165,7 +170,7 @@ def window_facts(dataset: Dataset, mirror: float | None) -> dict[str, object]:
     if width <= 0 or (width < 1 and not exact):  # PS3.3 C.11.2.1.2
         return facts
     facts["window_center"], facts["window_width"] = center, width
-    if function != "LINEAR":
+    if function != "LINEAR" and function in VOI_FUNCTIONS:
         facts["voi_lut_function"] = function
     if len(centers) > 1:
         facts["num_windows"] = len(centers)

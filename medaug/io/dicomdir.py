@@ -8,12 +8,13 @@ from pathlib import Path
 from pydicom import Dataset
 
 from medaug.errors import DataError
-from medaug.io import limits
+from medaug.io import limits, paths
 from medaug.io.dicom_elements import items, quiet, text, texts
 from medaug.io.dicom_file import open_dataset
 
 MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 MAX_RECORDS = 1_000_000
+MAX_READS = 5_000_000  # of about 150,000 records; a DVD holds 10,000 images
 
 
 @dataclass
@@ -56,7 +57,7 @@ def read_dicomdir(path: Path) -> Listing:
     path = Path(path)
     root = path.parent.resolve()
     with limits.decoding("DICOMDIR"), quiet():
-        dataset, _ = open_dataset(path, hashed=False)
+        dataset, _ = open_dataset(path, hashed=False, reads=MAX_READS)
         if text(dataset.file_meta, "MediaStorageSOPClassUID") != MEDIA_STORAGE_DIRECTORY:
             raise DataError("dicomdir-unreadable", "The file is no DICOMDIR; name its folder to take in all of it.")
         records = items(dataset, "DirectoryRecordSequence")
@@ -77,7 +78,7 @@ def read_dicomdir(path: Path) -> Listing:
         found = _find(root, parts, names)
         if found is None:
             listing.absent.append(number)
-        elif not found.resolve().is_relative_to(root):
+        elif not paths.is_inside(found, root):
             listing.outside.append(number)
         elif found not in seen:
             seen.add(found)
@@ -99,11 +100,11 @@ def _find(root: Path, parts: list[str], names: dict[Path, dict[str, str]]) -> Pa
     """The regular file at this place; every folder is listed at most once."""
     place = root
     for part in parts:
-        if not (place / part).exists():
+        if not paths.exists(place / part):
             if place not in names:
-                names[place] = {child.name.casefold(): child.name for child in place.iterdir()} if place.is_dir() else {}
+                names[place] = {child.name.casefold(): child.name for child in paths.children(place)}
             part = names[place].get(part.casefold(), "")
             if not part:
                 return None
         place = place / part
-    return place if place.is_file() else None
+    return place if paths.is_file(place) else None

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medaug.errors import DataError, MedaugError
+from medaug.io.blocks import row_blocks
 
 MAX_FILE_BYTES = 1 << 29  # one image or volume file; the largest mammograms take 60 MB
 MAX_ARCHIVE_BYTES = 1 << 34  # an .npz of many images, read as a stream
@@ -71,7 +72,7 @@ def check_finite(pixels: np.ndarray) -> None:
     Raises:
         DataError: `image-not-finite`.
     """
-    if not np.isfinite(pixels).all():
+    if not all(np.isfinite(pixels[block]).all() for block in row_blocks(pixels)):
         raise DataError("image-not-finite", "The image holds NaN or infinite values; replace them with a real intensity first.")
 
 

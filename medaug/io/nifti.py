@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +24,7 @@ SUFFIXES = (".nii", ".nii.gz")
 PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}  # by the canonical axis (x, y, z) that the slices are stacked along
 _HEADER_SIZES = {348: (nib.Nifti1Image, b"n+1\0"), 540: (nib.Nifti2Image, b"n+2\0\r\n\x1a\n")}
 _MAGIC_OFFSETS = {348: 344, 540: 4}
+_IN_MEMORY = 1 << 26  # bytes; those of larger volumes stay on the disk
 _MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
@@ -125,25 +127,41 @@ def _slice_axis(image: nib.Nifti1Image, shape: tuple[int, int, int], orientation
 
 
 def open_nifti(path: Path) -> nib.Nifti1Image:
-    """The image over its bytes in memory; nothing is scaled or converted yet. Call it inside `limits.decoding`."""
+    """The image over its bytes in memory, or over a file if they are many; nothing is scaled or converted yet.
+
+    Call it inside `limits.decoding`.
+
+    Raises:
+        DataError: as `read_nifti`.  StorageError: no room for the temporary file of a large packed volume.
+    """
     stream = limits.pieces(path)
     with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            stream = limits.inflate(stream, wbits=31)
-    buffer = io.BytesIO()
+        is_packed = file.read(2) == b"\x1f\x8b"
+    if is_packed:
+        stream = limits.inflate(stream, wbits=31)
+    start = io.BytesIO()
+    buffer: IO[bytes] = start
     found = None
     needed = 0
     for piece in stream:
         if found is not None and buffer.tell() >= needed:
             continue  # bytes behind the voxels are counted against the cap, not kept
-        buffer.write(piece)
+        with storage.storage_errors("a temporary file"):
+            buffer.write(piece)
         if found is None and buffer.tell() >= 4:
-            found = _kind(buffer.getbuffer()[:544].tobytes())
+            found = _kind(start.getvalue()[:544])
             if found is None and buffer.tell() >= 544:
                 break
             if found is not None:
                 # Checked before the rest is inflated: a bomb with a small header, or a huge header, ends here.
-                needed = _check_raw_header(found.header_class(buffer.getbuffer()[: found.header_class.sizeof_hdr], check=False))
+                needed = _check_raw_header(found.header_class(start.getvalue()[: found.header_class.sizeof_hdr], check=False))
+                if needed > _IN_MEMORY and not is_packed:
+                    buffer = open(path, "rb")  # noqa: SIM115 - the image reads from it as long as it lives
+                    buffer.seek(0, io.SEEK_END)
+                    break
+                if needed > _IN_MEMORY:
+                    buffer = tempfile.TemporaryFile()  # noqa: SIM115 - as above; it has no name and ends with the process
+                    buffer.write(start.getvalue())
     if found is None:
         raise DataError(
             "image-unreadable", "The file is no single-file NIfTI (.nii or .nii.gz); convert it, for example with dcm2niix."
@@ -153,7 +171,7 @@ def open_nifti(path: Path) -> nib.Nifti1Image:
             "image-truncated", f"The NIfTI header declares {needed} bytes, the file holds {buffer.tell()}; copy it again."
         )
     buffer.seek(0)
-    holder = FileHolder(fileobj=buffer)
+    holder = FileHolder(fileobj=buffer)  # type: ignore[arg-type]
     return found.from_file_map({"header": holder, "image": holder})
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from medaug import storage
 from medaug.errors import DataError
 from medaug.io import limits
+from medaug.io.blocks import row_blocks
 from medaug.io.picture import Picture
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")  # Pillow opens MPO through JPEG
@@ -35,7 +36,7 @@ def read_raster(path: Path) -> Picture:
     limits.check_file(path)
     array, kind = _decode(path)
     unit = {"uint8": "uint8", "uint16": "uint16"}.get(array.dtype.name, "stored")
-    if array.ndim == 3 and (array[..., :1] == array).all():
+    if array.ndim == 3 and all((array[block, :, :1] == array[block]).all() for block in row_blocks(array)):
         array = array[..., 0]
     pixels = np.ascontiguousarray(array, dtype=np.float32)
     limits.check_finite(pixels)
@@ -64,7 +65,8 @@ def _decode(path: Path) -> tuple[np.ndarray, str]:
                     f"The {kind} file holds {frames} pictures, one was expected; save each as its own file.",
                 )
             image.load()
-            return _as_array(ImageOps.exif_transpose(image)), kind
+            ImageOps.exif_transpose(image, in_place=True)
+            return _as_array(image), kind
 
 
 def _open(path: Path) -> Image.Image:
@@ -78,7 +80,7 @@ def _open(path: Path) -> Image.Image:
 def _as_array(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I;16", "I", "F")):
         array = np.asarray(image)
-        array = array.astype(array.dtype.newbyteorder("="))
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         # Pillow may widen 16-bit grey PNG to 32 bits.
         widened = image.mode == "I" and array.size and array.min() >= 0 and array.max() <= 65535
         return array.astype(np.uint16) if widened else array
@@ -93,7 +95,7 @@ def encode_unit_png(unit_image: np.ndarray) -> bytes:
     Raises:
         DataError: other shape, values outside [0, 1], NaN.
     """
-    image = np.asarray(unit_image, dtype=np.float64)
+    image = np.asarray(unit_image)
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or image.size == 0:
         raise DataError("shape-invalid", f"A unit image has shape (H, W) or (H, W, 3), got {image.shape}.")
     limits.check_finite(image)
@@ -104,7 +106,10 @@ def encode_unit_png(unit_image: np.ndarray) -> bytes:
         )
     levels, dtype = (65535, np.uint16) if image.ndim == 2 else (255, np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(np.rint(image * levels).astype(dtype)).save(buffer, format="PNG")
+    stored = np.empty(image.shape, dtype)
+    for block in row_blocks(image):
+        stored[block] = np.rint(image[block].astype(np.float64) * levels)
+    Image.fromarray(stored).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from medaug.errors import ConfigError, StorageError
-from medaug.pacs.association import MAX_PDU, Lost, association
+from medaug.pacs.association import MAX_PDU, association, gone
 from medaug.pacs.peers import DicomPeer
 from medaug.pacs.query import Row, Series
 from medaug.pacs.quiet import load
@@ -125,7 +125,7 @@ def _identifier(level: str, keys: Mapping[str, str], returned: Sequence[str]) ->
 def _code(status: Any, when: str) -> int:
     """The status code; an empty status means that the connection ended."""
     if "Status" not in status:
-        raise Lost("pacs-lost", f"The PACS went away {when}; run the same command again to go on.")
+        raise gone(when)
     return int(status.Status)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from medaug import __implementation_uid__, __version__
 from medaug.errors import ConfigError, StorageError
 from medaug.pacs.peers import DicomPeer
 from medaug.pacs.quiet import load
@@ -17,6 +18,19 @@ _CALLING_UNKNOWN, _CALLED_UNKNOWN = 0x03, 0x07  # reasons of the service user (P
 
 class Lost(StorageError):
     """The peer cannot be reached, or went away, or was too busy: worth another try."""
+
+
+class Refused(StorageError):
+    """One image or file was not delivered or not taken; another try would end alike, and the others go on."""
+
+
+def gone(when: str) -> Lost:
+    """The error for an association that ended without an answer."""
+    return Lost(
+        "pacs-lost",
+        f"The PACS went away {when}; run the same command again to go on. If it does so every time, register our AE title there or "
+        "change --calling.",
+    )
 
 
 @contextmanager
@@ -34,6 +48,7 @@ def association(
         ConfigError: `pacs-rejected`: the peer does not accept the AE titles or anything that we propose.
     """
     entity = load("pynetdicom").AE(ae_title=peer.calling)
+    identify(entity)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = timeout
     host = _address(peer)
     link = entity.associate(
@@ -52,6 +67,12 @@ def association(
     finally:
         if link.is_established:
             link.release()
+
+
+def identify(entity: Any) -> None:
+    """Let an application entity name the same implementation as our files do (PS3.7 D.3.3.2)."""
+    entity.implementation_class_uid = __implementation_uid__
+    entity.implementation_version_name = f"MEDAUG {__version__}"[:16]
 
 
 def _address(peer: DicomPeer) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+from medaug import __implementation_uid__
 from medaug.errors import DataError
 from medaug.pacs.syntaxes import DEFLATED, EXPLICIT_BIG, IMPLICIT_LITTLE
 
@@ -98,7 +99,7 @@ def file_meta(sop_class: str, sop: str, syntax: str) -> bytes:
             _short(0x02, b"UI", sop_class),
             _short(0x03, b"UI", sop),
             _short(0x10, b"UI", syntax),
-            _short(0x12, b"UI", IMPLEMENTATION_CLASS),
+            _short(0x12, b"UI", __implementation_uid__),
             _short(0x13, b"SH", IMPLEMENTATION_NAME),
         ]
     )
@@ -113,8 +114,7 @@ def _short(element: int, vr: bytes, text: str) -> bytes:
     return struct.pack("<HH2sH", 2, element, vr, len(value)) + value
 
 
-IMPLEMENTATION_CLASS = "2.25.132658771550492271542143490856914497503"  # from a UUID (PS3.5 B.2)
-IMPLEMENTATION_NAME = "MEDAUG"
+IMPLEMENTATION_NAME = "MEDAUG"  # without the release, so that an image sent again after an update is still the same file
 
 
 def _inflate(data: bytes) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from medaug.errors import MissingDependencyError
 
@@ -32,7 +34,7 @@ def load(name: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' log lines and warnings away from every handler while the block runs.
+    """Keep the libraries' log lines, warnings and the tracebacks of pynetdicom's threads away while the block runs.
 
     Levels, handlers and propagation are put back at the end, and so are pynetdicom's own switches.
     """
@@ -46,6 +48,14 @@ def quiet() -> Iterator[None]:
     config = importlib.import_module("pynetdicom._config") if importlib.util.find_spec("pynetdicom") else None
     switches = {"LOG_HANDLER_LEVEL": "none", "LOG_REQUEST_IDENTIFIERS": False, "LOG_RESPONSE_IDENTIFIERS": False}
     values = {name: getattr(config, name) for name in switches} if config else {}
+    show = threading.excepthook
+
+    def hook(end: Any) -> None:
+        """A thread of a connection may end by an exception: the connection ends with it, and nobody can act on the text."""
+        if not type(end.thread).__module__.startswith("pynetdicom"):
+            show(end)
+
+    threading.excepthook = hook
     try:
         for name, value in switches.items() if config else ():
             setattr(config, name, value)
@@ -53,6 +63,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        threading.excepthook = show
         for name, value in values.items():
             setattr(config, name, value)
         for logger, level, propagate, handlers in before:

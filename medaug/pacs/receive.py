@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 
 from medaug.errors import ConfigError, DataError, StorageError
 from medaug.pacs import store as stores
+from medaug.pacs.association import identify
 from medaug.pacs.head import read_head
 from medaug.pacs.peers import ae_title, is_loopback
 from medaug.pacs.quiet import load, quiet
@@ -26,6 +29,8 @@ DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 CONFLICT = 0xC111  # of the range 0xCxxx: another image with this SOP Instance UID is here, the first one stays
 MAX_ASSOCIATIONS = 10
+WITHOUT_ASSOCIATION = ("Sta1", "Sta2", "Sta13")  # before the request, and after the end (PS3.8 9.2.1)
+MAX_HANG_UP = 3.0  # seconds
 VERIFICATION = "1.2.840.10008.1.1"
 
 
@@ -137,6 +142,7 @@ def listening(store: Store, options: ReceiveOptions) -> Iterator[int]:
 
     with quiet():
         entity = pynetdicom.AE(ae_title=options.ae_title)
+        identify(entity)
         entity.maximum_pdu_size = options.max_pdu
         entity.maximum_associations = MAX_ASSOCIATIONS
         entity.network_timeout = entity.acse_timeout = entity.dimse_timeout = options.timeout
@@ -155,11 +161,25 @@ def listening(store: Store, options: ReceiveOptions) -> Iterator[int]:
             server = entity.start_server((options.host, options.port), block=False, evt_handlers=handlers)
         except OSError as error:
             raise _unusable(error, options) from None
+        server.handle_error = lambda *_: None  # socketserver prints a traceback
         try:
             yield server.socket.getsockname()[1]
         finally:
             server.shutdown()
+            _hang_up(entity)
             entity.shutdown()
+
+
+def _hang_up(entity: Any) -> None:
+    """Close the connections that have no association, which pynetdicom cannot abort (PS3.8 9.2.3), and wait for their threads."""
+    silent = [each for each in entity.active_associations if each.dul.state_machine.current_state in WITHOUT_ASSOCIATION]
+    for each in silent:
+        with contextlib.suppress(OSError, AttributeError):  # closed at this moment
+            each.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+        each.dul.to_user_queue.put(None)  # no request will come
+    end = time.monotonic() + MAX_HANG_UP
+    for each in silent:
+        each.join(max(end - time.monotonic(), 0))
 
 
 def on_store(event: Any, store: Store, limit: int | None = None) -> int:
@@ -212,7 +232,6 @@ def _wait(store: Store, options: ReceiveOptions) -> None:
 def _rehearse(out: Path, options: ReceiveOptions) -> dict[str, Any]:
     """Check the folder and the port without leaving anything behind."""
     import os
-    import socket
 
     parent = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from medaug import storage
 from medaug.errors import ConfigError, StorageError
-from medaug.pacs.association import Lost
+from medaug.pacs.association import Lost, Refused
 from medaug.pacs.peers import DicomPeer, Patience, WebPeer
 from medaug.pacs.query import Archive, Plan, Query, Series, make_plan
 from medaug.pacs.quiet import load, quiet
@@ -79,10 +79,12 @@ def retrieve(
                 _write_state(plan, store)
             result = _found(plan) | {"present": present} | summary(store) | {"missing": len(_missing(plan, store))}
     if result["missing"]:
-        reason = f" ({failure.message})" if failure is not None else ""
+        reasons = [f"{code} x {number}" for code, number in result["refused"].items()]
+        reasons += [failure.message.rstrip(".")] if failure is not None else []
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         raise StorageError(
             "retrieve-incomplete",
-            f"{result['missing']} of {result['images']} images are still missing{reason}; run the same command again to go on.",
+            f"{result['missing']} of {result['images']} images are still missing{why}; run the same command again to go on.",
         )
     return result
 
@@ -140,27 +142,39 @@ def _planned(archive: Archive, queries: Sequence[Query], patience: Patience) -> 
 
 
 def _fetch_all(archive: Archive, plan: Plan, store: Store, patience: Patience) -> StorageError | None:
-    """Fetch series by series; gives up on a series after `retries` tries in a row without a new image."""
+    """Fetch series by series; the last failure of one that stayed incomplete."""
     failure: StorageError | None = None
     total, done = plan.counts["images"], _present(plan, store)
     with progress("retrieving", total, done) as advance:
         for series in plan.series:
-            failures, missing = 0, _lacking(series, store)
-            while missing and failures <= patience.retries:
-                if failures:
-                    patience.wait(failures)
-                try:
-                    archive.fetch(series, missing, store)
-                except Lost as error:
-                    failure = error
-                store.raise_fault()
-                left = _lacking(series, store)
-                advance(len(missing) - len(left))
-                failures = failures + 1 if len(left) == len(missing) else int(bool(left))
-                missing = left
-            if failure is not None and missing and failure.code == "pacs-unreachable":
-                return failure  # nobody there: the other series would wait as long
+            failure = _fetch_series(archive, series, store, patience, advance) or failure
+            if failure is not None and failure.code == "pacs-unreachable":
+                break  # nobody there: the other series would wait as long
     return failure
+
+
+def _fetch_series(
+    archive: Archive, series: Series, store: Store, patience: Patience, advance: Callable[[int], None]
+) -> StorageError | None:
+    """Fetch until nothing is missing, the archive refuses what is, or `retries` tries in a row brought no new image."""
+    failure: StorageError | None = None
+    failures, missing = 0, _lacking(series, store)
+    while missing and failures <= patience.retries:
+        if failures:
+            patience.wait(failures)
+        failure = None
+        try:
+            archive.fetch(series, missing, store)
+        except (Lost, Refused) as error:
+            failure = error
+        store.raise_fault()
+        left = _lacking(series, store)
+        advance(len(missing) - len(left))
+        failures = failures + 1 if len(left) == len(missing) else int(bool(left))
+        missing = left
+        if isinstance(failure, Refused):
+            break
+    return failure if missing else None
 
 
 def _lacking(series: Series, store: Store) -> list[str]:
@@ -193,3 +207,4 @@ def _write_state(plan: Plan, store: Store) -> None:
         for entry in plan.series
     ]
     storage.write_json(store.state / STATE_NAME, {"complete": not any(row["missing"] for row in rows), "series": rows})
+    (store.state / STATE_NAME).chmod(0o600)

@@ -23,7 +23,7 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AssociationSocket
 
 from medaug.pacs.head import HEAD_BYTES, file_meta, is_uid
-from medaug.pacs.store import Incoming, Store
+from medaug.pacs.store import ABORTED, Incoming, Store
 
 MAX_COMMAND_BYTES = 1 << 16  # a command set holds a few short elements (PS3.7 E)
 MAX_IDENTIFIER_BYTES = 1 << 24  # the data set of any other message, such as a list of failed instances
@@ -101,11 +101,12 @@ class SpoolingProvider(DIMSEServiceProvider):
             self.dul._send(PDU(data))
 
     def forget(self) -> None:
-        """Drop a message that will not be completed, with its file."""
+        """Drop a message that will not be completed, with its file, and count it."""
         message, self.message = self.message, None
         incoming = getattr(getattr(message, "data_set", None), "incoming", None)
         if incoming is not None:
             incoming.discard()
+            self._store.count(ABORTED)
 
 
 class Carrier(AssociationSocket):

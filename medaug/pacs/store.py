@@ -3,7 +3,7 @@
     FOLDER/ab/ab12....dcm       first 32 hex digits of the sha256 of the SOP Instance UID
     FOLDER/.medaug/             state, mode 0700; `incoming` holds what is still being written
 
-Files have mode 0600: they hold patients.
+Files have mode 0600 and folders 0700: they hold patients.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from medaug.errors import StorageError
 from medaug.io.limits import MAX_FILE_BYTES
 
 RECEIVED, ALREADY, CONFLICT = "received", "already", "conflict"
+ABORTED = "transfer-aborted"  # the connection ended in the middle of a file
 _CHUNK = 1 << 20
 
 
@@ -80,11 +81,22 @@ class Incoming:
             self.discard()
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner may enter; one that is there already keeps its mode.
+
+    Raises:
+        StorageError: `not-writable`, `disk-full`, `storage-failed`.
+    """
+    with storage.storage_errors(Path(folder).name):
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """`storage.locked`; a folder that cannot be made is said with the way out."""
+    """`storage.locked` on a private folder; one that cannot be made is said with the way out."""
     entered = False
     try:
+        make_private(folder)
         with storage.locked(folder):
             entered = True
             yield
@@ -174,7 +186,8 @@ class Store:
             fault = error
         if fault is not None:
             incoming.discard()
-            self.fault = fault
+            if fault.errno != errno.EFBIG:  # of one file, not of the disk
+                self.fault = fault
             with storage.storage_errors("a received image"):
                 raise fault
         return outcome

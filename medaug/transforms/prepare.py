@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from medaug.errors import ConfigError, DataError
+from medaug.io.blocks import BLOCK, percentiles, row_blocks
 from medaug.io.limits import check_finite
 from medaug.io.picture import Picture
 
@@ -17,15 +18,19 @@ if TYPE_CHECKING:
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)  # center -600, width 1500
 PERCENTILES = (0.5, 99.5)
+MAX_SIDE = 1 << 16  # pixels; the padded square of a longer strip would have 2^32
 
 
-def to_unit(picture: Picture, window: tuple[float, float] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def to_unit(
+    picture: Picture, window: tuple[float, float] | None = None, *, overwrite: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Scale a picture's pixels to [0, 1].
 
     Args:
         picture: as read.
         window: (lower, upper) in the picture's unit; None takes the lung window [-1350, 150] for Hounsfield units,
             [0, 255] for 8-bit pictures, and the 0.5 and 99.5 percentile of this picture for everything else.
+        overwrite: put the result into the memory of the picture's pixels, which are lost: for volumes.
 
     Returns:
         Unit image, float32 of the same shape, and what its 0 and 1 mean: ``{"kind": "window_hu", "0": -1350.0,
@@ -37,11 +42,16 @@ def to_unit(picture: Picture, window: tuple[float, float] | None = None) -> tupl
     """
     check_finite(picture.pixels)
     kind, lower, upper = _range(picture, window)
-    # float64: the width of two huge float32 values may overflow.
-    scaled = picture.pixels.astype(np.float64)
-    scaled -= lower
-    scaled /= upper - lower
-    return np.clip(scaled, 0.0, 1.0, out=scaled).astype(np.float32), {"kind": kind, "0": lower, "1": upper}
+    pixels = picture.pixels
+    into = overwrite and pixels.dtype == np.float32 and pixels.flags.writeable
+    unit = pixels if into else np.empty(pixels.shape, dtype=np.float32)
+    for block in row_blocks(pixels):
+        # float64: the width of two huge float32 values may overflow.
+        scaled = pixels[block].astype(np.float64)
+        scaled -= lower
+        scaled /= upper - lower
+        unit[block] = np.clip(scaled, 0.0, 1.0, out=scaled)
+    return unit, {"kind": kind, "0": lower, "1": upper}
 
 
 def _range(picture: Picture, window: tuple[float, float] | None) -> tuple[str, float, float]:
@@ -61,7 +71,7 @@ def _range(picture: Picture, window: tuple[float, float] | None) -> tuple[str, f
         return "window_hu", *LUNG_WINDOW_HU
     if picture.unit == "uint8":
         return "uint8", 0.0, 255.0
-    lower, upper = (float(value) for value in np.percentile(picture.pixels.astype(np.float64), PERCENTILES))
+    lower, upper = percentiles(picture.pixels, PERCENTILES)
     if lower >= upper:  # a mark on an even background
         lower, upper = float(picture.pixels.min()), float(picture.pixels.max())
     return "percentile", lower, upper if lower < upper else lower + max(1.0, abs(lower))
@@ -77,14 +87,19 @@ def square(unit_image: np.ndarray, size: int) -> tuple[np.ndarray, dict[str, Any
     Returns:
         (size, size) or (size, size, 3) float32 in [0, 1], and the geometry that `unsquare` needs:
         original_size [rows, columns], padding [top, bottom, left, right], size.
+
+    Raises:
+        ConfigError: `image-size-invalid`.  DataError: `shape-invalid`, `image-too-large` for a side over `MAX_SIDE`.
     """
     _check_unit_shape(unit_image)
     if size < 1:
         raise ConfigError("image-size-invalid", f"The image size must be at least 1 pixel, got {size}.")
     height, width = unit_image.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise DataError("image-too-large", f"A picture of {height} x {width} pixels is longer than {MAX_SIDE}; crop it first.")
     top, left = max(width - height, 0) // 2, max(height - width, 0) // 2
     padding = [top, max(width - height, 0) - top, left, max(height - width, 0) - left]
-    planes = [_resize(_pad(plane, padding), size) for plane in _planes(unit_image)]
+    planes = [_squared(plane, padding, size) for plane in _planes(unit_image)]
     return _stack(planes), {"original_size": [height, width], "padding": padding, "size": size}
 
 
@@ -136,15 +151,32 @@ def _stack(planes: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(planes[0] if len(planes) == 1 else np.stack(planes, axis=-1), dtype=np.float32)
 
 
-def _pad(plane: np.ndarray, padding: list[int]) -> np.ndarray:
+def _squared(plane: np.ndarray, padding: list[int], size: int) -> np.ndarray:
+    """`_resize` of the padded plane; a large one is never padded nor copied as a whole.
+
+    Pillow resizes rows first and keeps the result in float32, then columns, so that rows can be resized by blocks.
+    """
     top, bottom, left, right = padding
     border = min(edge.min() for edge in (plane[0], plane[-1], plane[:, 0], plane[:, -1]))
-    return np.pad(plane, ((top, bottom), (left, right)), constant_values=border)
+    side = max(plane.shape)
+    if side * side <= BLOCK or side == size:
+        return _resize(np.pad(plane, ((top, bottom), (left, right)), constant_values=border), size)
+    narrow = np.empty((side, size), dtype=np.float32)
+    for block in row_blocks(plane, BLOCK * plane.shape[1] // side):
+        rows = np.pad(plane[block], ((0, 0), (left, right)), constant_values=border)
+        narrow[top + block.start : top + block.start + len(rows)] = _resized(rows, (size, len(rows)))
+    empty = _resized(np.full((1, side), border, dtype=np.float32), (size, 1))
+    narrow[:top], narrow[side - bottom :] = empty, empty
+    return np.clip(_resized(narrow, (size, size)), 0.0, 1.0)
+
+
+def _resized(plane: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
+    return np.asarray(image.resize(shape, Image.Resampling.BILINEAR))
 
 
 def _resize(plane: np.ndarray, size: int) -> np.ndarray:
     """Antialiased resize of one float plane. Pillow's bilinear filter widens with the reduction and cannot ring."""
     if plane.shape == (size, size):
         return np.asarray(plane, dtype=np.float32)
-    image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-    return np.clip(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)), 0.0, 1.0)
+    return np.clip(_resized(plane, (size, size)), 0.0, 1.0)

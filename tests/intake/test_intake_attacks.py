@@ -22,8 +22,9 @@ from test_intake_build import codes, fill, picture, save, take
 from medaug import storage
 from medaug.errors import ConfigError, DataError, StorageError
 from medaug.intake.build import partial_folder
-from medaug.intake.labels import describe_columns, read_cells
+from medaug.intake.labels import describe_columns
 from medaug.intake.scan import kind_of
+from medaug.intake.tables import read_cells
 from medaug.io import limits
 
 NAME = "ZEPHYRINE_QUORRA"

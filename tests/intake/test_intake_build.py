@@ -483,7 +483,7 @@ POOL = """
 import os, sys, time
 from pathlib import Path
 from medaug.intake.join import Joiner
-from medaug.intake.read import _pool
+from medaug.intake.processes import _pool
 from medaug.intake.records import IntakeOptions
 
 if __name__ == "__main__":

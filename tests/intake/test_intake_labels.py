@@ -9,8 +9,9 @@ import pytest
 
 from medaug.errors import ConfigError, DataError
 from medaug.intake.classes import find_classes, number
-from medaug.intake.labels import IdentifierTable, Row, match_files, read_cells, read_rows
+from medaug.intake.labels import IdentifierTable, Row, match_files, read_rows
 from medaug.intake.records import IntakeOptions, Item
+from medaug.intake.tables import read_cells
 
 
 def options(table: Path, **changes) -> IntakeOptions:
@@ -78,7 +79,7 @@ def test_broken_tables_are_refused(tmp_path, data):
 def test_table_caps(tmp_path, monkeypatch):
     table = tmp_path / "labels.csv"
     table.write_text("file,label\n" + "a,1\n" * 20)
-    monkeypatch.setattr("medaug.intake.labels.MAX_ROWS", 10)
+    monkeypatch.setattr("medaug.intake.tables.MAX_ROWS", 10)
     with pytest.raises(DataError, match="table-too-large"):
         read_cells(table)
     table.write_text("\n\n")

@@ -104,3 +104,9 @@ def test_truncated_anywhere_is_a_coded_error_or_a_shorter_list(medium):
             assert len(read_dicomdir(path).files) <= 2
         except DataError as error:
             assert error.code
+
+
+def test_a_name_that_no_file_can_have_and_a_loop_of_links_are_absent(medium):
+    (medium / "LOOP").symlink_to("LOOP")
+    listing = read_dicomdir(write_dicomdir(medium, [["A" * 5000], ["LOOP"], ["LOOP", "X"], ["IMG", "IM1"]]))
+    assert [path.name for path in listing.files] == ["IM1"] and listing.absent == [1, 2, 3]

@@ -182,3 +182,12 @@ def test_damaged_bytes_give_only_data_errors(tmp_path_factory, position, value, 
         list(read_nifti(path))
     except DataError as error:
         assert error.code
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_large_volumes_stay_on_the_disk_and_read_alike(tmp_path, monkeypatch, name):
+    volume = np.random.default_rng(0).integers(-100, 100, (4, 5, 6)).astype(np.int16)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / name)
+    in_memory = [picture.pixels for picture in read_nifti(tmp_path / name)]
+    monkeypatch.setattr("medaug.io.nifti._IN_MEMORY", 10)
+    np.testing.assert_array_equal([picture.pixels for picture in read_nifti(tmp_path / name)], in_memory)

@@ -15,8 +15,9 @@ from pacs_files import PLANTED, image, save
 from pydicom import dcmread
 from pydicom.uid import UID, JPEGLSLossless, generate_uid
 
+from medaug import __implementation_uid__
 from medaug.errors import ConfigError, DataError, MedaugError, StorageError
-from medaug.pacs.head import IMPLEMENTATION_CLASS, IMPLEMENTATION_NAME, file_meta, read_file_head
+from medaug.pacs.head import IMPLEMENTATION_NAME, file_meta, read_file_head
 from medaug.pacs.outbox import Journal
 from medaug.pacs.peers import DicomPeer, Patience, WebPeer
 from medaug.pacs.receive import ReceiveOptions, listening
@@ -187,7 +188,7 @@ def test_unknown_calling_title_is_refused_in_one_sentence(server: Orthanc, make_
 
 def test_nobody_there_is_said_after_the_retries(make_files: Callable[..., Path]) -> None:
     for peer in (DicomPeer("127.0.0.1", free_port(), "X"), WebPeer(f"http://127.0.0.1:{free_port()}/x")):
-        with pytest.raises(StorageError, match="send-incomplete"):
+        with pytest.raises(StorageError, match="pacs-unreachable"):
             send(make_files(synthetic=True), peer, patience=Patience(timeout=2, retries=1, delay=0.05))
 
 
@@ -243,7 +244,7 @@ def test_file_meta_is_what_pydicom_writes(sop: str) -> None:
     meta = FileMetaDataset()
     meta.FileMetaInformationVersion = b"\0\1"
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID("1.2.840.10008.5.1.4.1.1.2"), UID(sop)
-    meta.TransferSyntaxUID, meta.ImplementationClassUID = JPEGLSLossless, UID(IMPLEMENTATION_CLASS)
+    meta.TransferSyntaxUID, meta.ImplementationClassUID = JPEGLSLossless, UID(__implementation_uid__)
     meta.ImplementationVersionName = IMPLEMENTATION_NAME
     buffer = DicomBytesIO()
     buffer.is_little_endian, buffer.is_implicit_VR = True, False
