@@ -15,7 +15,7 @@ from medaug.generation.plan import quotas
 from medaug.quality.gate import GateResult
 from medaug.stages import gate_synthetic, grade_arms, take_in
 from medaug.training.run_folder import RunRecord
-from medaug.workflow import load_config, run_stage, split_overrides
+from medaug.workflow import load_config, run_stage, run_training, split_overrides
 
 ARMS = ("none", "crop_rotate", "oversample")
 DEFAULTS: dict[str, Any] = {
@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "max_attempts": 5.0,  # images generated per image wanted, at most
     "first_attempts": 1.5,  # images generated per image wanted before the first look at the gate
     "allow_short": False,  # go on when a class misses its quota
+    "overlay": None,  # overlay of the bundle for generating; null: the one its inference.yaml names, if any
     "filter": {},  # fields of the filter's recipe
     "grading_profile": "paper",
     "networks": ["simple_cnn", "resnet18"],
@@ -103,14 +104,12 @@ class _Job:
 
     def train(self) -> RunRecord:
         """Weights in ``run/``."""
-        record: RunRecord = run_stage(
-            self.bundle, "training", self.profile, self._overrides("training", output_dir=str(self.out / "run"))
-        )
+        record: RunRecord = run_training(self.bundle, self.profile, self._overrides("training", output_dir=str(self.out / "run")))
         return record
 
     def quota(self) -> list[int]:
         """Accepted images wanted per class."""
-        config = load_config(self.bundle, "generating", self.profile) | dict(self.stages["generating"])
+        config = load_config(self.bundle, "generating", self.profile, self.settings["overlay"]) | dict(self.stages["generating"])
         wanted = config["counts"] or quotas(
             read_cohort(self.cohort_dir), config["synthetic_per_real"], config["allocation"], config["fixed"]
         )
@@ -119,7 +118,8 @@ class _Job:
     def generate(self, counts: Sequence[int]) -> None:
         """Images of a plan with these counts per class in ``synthetic/``."""
         paths = {"run_dir": str(self.out / "run"), "output_dir": str(self.out / "synthetic")}
-        run_stage(self.bundle, "generating", self.profile, self._overrides("generating", **paths, counts=list(counts)))
+        overrides = self._overrides("generating", **paths, counts=list(counts))
+        run_stage(self.bundle, "generating", self.profile, overrides, overlay=self.settings["overlay"])
 
     def judge(self, quota: Sequence[int], allow_short: bool) -> GateResult:
         """The gate's verdicts; accepted images in ``accepted/``."""

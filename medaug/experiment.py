@@ -16,10 +16,10 @@ import numpy as np
 from medaug import assets, storage
 from medaug.errors import ConfigError
 from medaug.stages import gate_synthetic, grade_arms
-from medaug.workflow import read_yaml, run_stage
+from medaug.workflow import read_yaml, run_stage, run_training
 
 KEYS = ("name", "title", "profile", "arms", "grading", "shared", "rows")
-ROW_KEYS = ("name", "bundle", "training", "generating", "gate", "trainer")
+ROW_KEYS = ("name", "bundle", "training", "overlay", "generating", "gate", "trainer")
 FACTS = ("generated", "accepted", "label_agreement")
 GRADING = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
 
@@ -32,6 +32,7 @@ class ExperimentRow:
         name: of the arm.
         bundle: name or folder of the bundle that makes its images.
         training, generating: overrides of these stages, as for `run_stage`.
+        overlay: of the bundle, for generating; empty for none.
         gate: keyword arguments of `medaug.stages.gate_synthetic`.
         trainer: how the graders use its images, as in ``NAME=FOLDER:trainer``; empty for plain training.
     """
@@ -42,6 +43,7 @@ class ExperimentRow:
     generating: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] = field(default_factory=dict)
     trainer: str = ""
+    overlay: str = ""
 
     def run_name(self) -> str:
         """Name of the training run: rows of the same bundle and training settings have the same one."""
@@ -174,9 +176,10 @@ def _make(
     """Train, generate and gate one row. Returns what its images were like."""
     run, synthetic = out / "runs" / row.run_name(), out / "synthetic" / row.name
     common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
-    run_stage(row.bundle, "training", experiment.profile, {**row.training, **common, "output_dir": str(run)})
+    run_training(row.bundle, experiment.profile, {**row.training, **common, "output_dir": str(run)})
     paths = {"run_dir": str(run), "output_dir": str(synthetic)}
-    made = run_stage(row.bundle, "generating", experiment.profile, {**row.generating, **common, **paths})
+    overrides = {**row.generating, **common, **paths}
+    made = run_stage(row.bundle, "generating", experiment.profile, overrides, overlay=row.overlay or None)
     gated = gate_synthetic(
         synthetic,
         cohort,

@@ -18,6 +18,9 @@ from medaug.errors import ConfigError, MedaugError
 STAGES = {"training": "train.yaml", "generating": "inference.yaml", "evaluating": "evaluate.yaml"}
 MAX_VALUES = 10_000
 PROFILE_SECTIONS = ("augment",)  # read by `medaug augment`, not by a bundle
+OVERLAY_MARK = "overlay_of"  # key of an overlay that names its stage
+WHOLE_METHOD = "whole_method"  # key of inference.yaml: the overlay that `medaug augment` lays over it
+COMPANIONS = "also_trains"  # key of train.yaml: overlays whose networks the method needs besides, each trained in RUN/<overlay>
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -38,13 +41,14 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str, Any]:
-    """The config of one stage of a bundle with a profile laid over it.
+def load_config(bundle: str, stage: str, profile: str | None = None, overlay: str | None = None) -> dict[str, Any]:
+    """The config of one stage of a bundle with an overlay of the bundle and then a profile laid over it.
 
     Args:
         bundle: name of a bundle, or a folder.
         stage: "training", "generating" or "evaluating".
         profile: name of a profile, or a YAML file; None for the bundle's own values.
+        overlay: name of another file in the bundle's ``configs/``, made for this stage (``overlay_of``); None for none.
 
     Raises:
         ConfigError: unknown bundle or profile; a file that is not a YAML mapping; a profile key that no stage of it and of no shipped bundle knows. One profile
@@ -52,15 +56,18 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
     """
     root = assets.bundle_root(bundle)
     config = read_yaml(root / "configs" / STAGES[stage])
+    if overlay is not None:
+        for key, value in read_yaml(_overlay_path(root, stage, overlay)).items():
+            _lay_over(config, key, value)
     if profile is not None:
-        overlay = read_yaml(assets.profile_path(profile))
+        own = read_yaml(assets.profile_path(profile))
         known = _known_keys(root).union(PROFILE_SECTIONS)
-        strange = [key for key in overlay if key.lstrip("+") not in known]
+        strange = [key for key in own if key.lstrip("+") not in known]
         elsewhere = set().union(*(_known_keys(assets.bundle_root(name)) for name in assets.list_bundles())) if strange else set()
         for key in strange:
             if key.lstrip("+") not in elsewhere:
                 raise _unknown(f"Profile key {key!r}", key, known)
-        for key, value in overlay.items():
+        for key, value in own.items():
             if key.lstrip("+") in config:
                 if not key.startswith("+"):
                     _check_kind(key, config[key], value)
@@ -68,10 +75,31 @@ def load_config(bundle: str, stage: str, profile: str | None = None) -> dict[str
     return config
 
 
+def list_overlays(bundle: str) -> dict[str, str]:
+    """Overlays of a bundle: name -> the stage it is laid over."""
+    return _overlays(assets.bundle_root(bundle))
+
+
+def _overlays(root: Path) -> dict[str, str]:
+    files = [path for path in sorted((root / "configs").glob("*.yaml")) if path.name not in STAGES.values()]
+    found = {path.stem: read_yaml(path).get(OVERLAY_MARK) for path in files}
+    return {name: str(stage) for name, stage in found.items() if stage is not None}
+
+
+def _overlay_path(root: Path, stage: str, overlay: str) -> Path:
+    fitting = [name for name, of in _overlays(root).items() if of == stage]
+    if overlay not in fitting:
+        raise ConfigError(
+            "overlay-unknown",
+            f"Bundle {root.name} has for {stage} the overlays {', '.join(fitting) or '(none)'}, got {overlay!r}.",
+        )
+    return root / "configs" / f"{overlay}.yaml"
+
+
 def _known_keys(root: Path) -> set[str]:
-    """Top-level keys of all stages of a bundle."""
-    files = [root / "configs" / name for name in STAGES.values()]
-    return set().union(*(read_yaml(file) for file in files if file.is_file()))
+    """Top-level keys of all stages and overlays of a bundle."""
+    files = [root / "configs" / name for name in (*STAGES.values(), *(f"{name}.yaml" for name in _overlays(root)))]
+    return {key.lstrip("+") for file in files if file.is_file() for key in read_yaml(file)}
 
 
 def _lay_over(config: dict[str, Any], key: str, value: Any) -> None:
@@ -138,11 +166,42 @@ class _StrictLoader(yaml.SafeLoader):
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
-def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+def run_training(
+    bundle: str, profile: str | None = None, overrides: Mapping[str, Any] | None = None, overlay: str | None = None
+) -> Any:
+    """Train a bundle, and then the other networks its method needs, such as a guiding classifier, in folders inside the run's.
+
+    Args:
+        bundle, profile, overlay: see `load_config`; with an overlay nothing else is trained.
+        overrides: see `run_stage`; each training takes those it knows, and at least one must.
+
+    Returns:
+        The record of the first run.
+
+    Raises:
+        ConfigError, MedaugError: see `run_stage`.
+    """
+    given = dict(overrides or {})
+    record = run_stage(bundle, "training", profile, given, **({} if overlay is None else {"overlay": overlay}))
+    listed = load_config(bundle, "training", profile).get(COMPANIONS) if overlay is None else None
+    for name in given.get(COMPANIONS, listed) or []:
+        inside = {key: value for key, value in given.items() if key != COMPANIONS}
+        inside["output_dir"] = str(Path(given.get("output_dir", "run")) / name)
+        run_stage(bundle, "training", profile, inside, overlay=name)
+    return record
+
+
+def run_stage(
+    bundle: str,
+    stage: str,
+    profile: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    overlay: str | None = None,
+) -> Any:
     """Run one stage of a bundle in this process and return what its last expression returned.
 
     Args:
-        bundle, stage, profile: see `load_config`.
+        bundle, stage, profile, overlay: see `load_config`.
         overrides: id ("a" or "a#b") -> value; the id must exist.
 
     Raises:
@@ -152,7 +211,7 @@ def run_stage(bundle: str, stage: str, profile: str | None = None, overrides: Ma
 
     for name in ("ignite.engine.engine.SupervisedTrainer", "ignite.engine.engine.SupervisedEvaluator"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # their traceback before our sentence helps nobody
-    parser = ConfigParser(load_config(bundle, stage, profile))
+    parser = ConfigParser(load_config(bundle, stage, profile, overlay))
     for key, value in (overrides or {}).items():
         if key not in parser:
             raise _unknown(f"Configuration key {key!r}", key, {str(name) for name in parser.get()})
@@ -190,7 +249,10 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
 
 
 def split_overrides(
-    bundle: str, profile: str | None, overrides: Mapping[str, Any], defaults: Mapping[str, Any]
+    bundle: str,
+    profile: str | None,
+    overrides: Mapping[str, Any],
+    defaults: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Sort the overrides of a job that runs several stages.
 
@@ -212,7 +274,10 @@ def split_overrides(
         if key not in defaults:
             raise _unknown(f"Setting augment#{key}", key, set(defaults))
     rest = {key: value for key, value in overrides.items() if not key.startswith("augment#")}
-    configs = {stage: load_config(bundle, stage, profile) for stage in ("training", "generating")}
+    if "overlay" in defaults:  # a bundle may say which one makes its whole method out of inference.yaml
+        settings["overlay"] = settings["overlay"] or load_config(bundle, "generating", profile).get(WHOLE_METHOD)
+    overlays = {"training": None, "generating": settings.get("overlay")}
+    configs = {stage: load_config(bundle, stage, profile, overlay) for stage, overlay in overlays.items()}
     for key in rest:
         if all(key.split("#")[0] not in config for config in configs.values()):
             raise _unknown(f"Configuration key {key!r}", key, set().union(*configs.values()))

@@ -145,6 +145,35 @@ def test_generate_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch
     assert json.loads(capsys.readouterr().out)["per_class"] == {"a": 1, "b": 2}
 
 
+def test_overlays_reach_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = types.SimpleNamespace(classes=("a", "b"), class_counts=lambda split: [1, 2], training=(1, 2, 3), content_sha256="ef")
+    row = {"scale": 2.0, "entropy": 0.5, "agreement": 0.9, "change": 0.1}
+    calls: list[tuple[str, str, dict[str, Any], str | None]] = []
+
+    def fake(bundle: str, name: str, profile: str | None, overrides: dict[str, Any], overlay: str | None = None) -> Any:
+        calls.append((bundle, name, overrides, overlay))
+        return RECORD if name == "training" else {"rows": [row]} if "sweep_dir" in overrides else made
+
+    monkeypatch.setattr(workflow, "run_stage", fake)
+    train = ("train", "uncertainty_guidance", "--cohort", "c", "--out", "r")
+    work = ("uncertainty_guidance", "--overlay", "disturbance", "--cohort", "c", "--run", "r", "--out", "s")
+    assert run(monkeypatch, *train) == 0
+    assert run(monkeypatch, *train, "--overlay", "classifier") == 0
+    assert run(monkeypatch, "generate", *work) == 0
+    assert run(monkeypatch, "sweep", *work, "--scales", "0,2") == 0
+    assert [(name, overlay) for _, name, _, overlay in calls] == [
+        ("training", None),
+        ("training", "classifier"),
+        ("training", "classifier"),
+        ("generating", "disturbance"),
+        ("generating", "disturbance"),
+    ]
+    assert [call[2]["output_dir"] for call in calls[:3]] == ["r", "r/classifier", "r"]
+    assert calls[-1][2]["sweep_settings#scales"] == [0.0, 2.0]
+    assert "scale 2: entropy 0.500" in capsys.readouterr().out
+    assert run(monkeypatch, "sweep", "sdedit", "--cohort", "c", "--run", "r") == 2
+
+
 def test_missing_cohort_is_3_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ OutOption = Annotated[Path, typer.Option("--out", help="Output folder; run again
 ProfileOption = Annotated[
     str | None, typer.Option("--profile", help="tiny, cpu32, cpu64, or a YAML file; none: the paper's values.")
 ]
+OverlayOption = Annotated[str | None, typer.Option("--overlay", help="Another stage of the bundle: a file in its configs/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the bundle's config; repeatable.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")]
 TrackingOption = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow; else MLFLOW_TRACKING_URI, else ./mlflow.db.")]

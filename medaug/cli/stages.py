@@ -11,6 +11,7 @@ from medaug.cli.options import (
     CohortOption,
     JsonOption,
     OutOption,
+    OverlayOption,
     ProfileOption,
     SeedOption,
     SetOption,
@@ -28,19 +29,20 @@ def train(
     cohort: CohortOption,
     out: OutOption,
     profile: ProfileOption = None,
+    overlay: OverlayOption = None,
     settings: SetOption = None,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a bundle on the training split of a cohort.
+    """Train a bundle on the training split of a cohort; what its method needs besides is trained inside the run's folder.
 
     Example: medaug train guided_ddpm --cohort runs/cohort --out runs/run --profile cpu32
     """
-    from medaug.workflow import parse_overrides, run_stage
+    from medaug.workflow import parse_overrides, run_training
 
     paths = {"dataset_dir": str(cohort), "output_dir": str(out), "seed": seed, "tracking": tracked_at(tracking_uri)}
-    record = run_stage(bundle, "training", profile, paths | parse_overrides(settings or []))
+    record = run_training(bundle, profile, paths | parse_overrides(settings or []), overlay)
     summary = {
         "out": out.name,
         "iterations": record.iterations,
@@ -60,6 +62,7 @@ def generate(
     allocation: Annotated[str | None, typer.Option(help="proportional, balance or fixed.")] = None,
     counts: Annotated[str | None, typer.Option(help="Images per class, in class order, e.g. 10,20,30.")] = None,
     profile: ProfileOption = None,
+    overlay: OverlayOption = None,
     settings: SetOption = None,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
@@ -79,7 +82,8 @@ def generate(
         overrides["allocation"] = allocation
     if counts is not None:
         overrides["counts"] = whole_numbers(counts)
-    made = run_stage(bundle, "generating", profile, overrides | parse_overrides(settings or []))
+    overrides |= parse_overrides(settings or [])
+    made = run_stage(bundle, "generating", profile, overrides, **({} if overlay is None else {"overlay": overlay}))
     per_class = dict(zip(made.classes, made.class_counts("training"), strict=True))
     summary = {"out": out.name, "cases": len(made.training), "per_class": per_class, "content_sha256": made.content_sha256}
     show(summary, as_json, f"{len(made.training)} synthetic images in {out}: {per_class}. Check them with `medaug gate`.")
@@ -218,7 +222,7 @@ def quickstart(
 def _short_text(result: dict[str, Any]) -> str:
     short = [entry for entry in result["acceptance"] if entry["name"] in result["short"]]
     return "".join(
-        f"Too few images of {row['name']} passed the gate: {row['accepted']} of {row['quota']} wanted.\n" for row in short
+        f'Too few images of class "{row["name"]}" passed the gate: {row["accepted"]} of {row["quota"]} wanted.\n' for row in short
     )
 
 

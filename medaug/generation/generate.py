@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medaug import storage
-from medaug.cohort import FILE_NAME, Case, Cohort, created_by, read_cohort, write_cohort
+from medaug.cohort import FILE_NAME, Case, Cohort, created_by, fit_sha256, read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError, MedaugError
 from medaug.generation.plan import PlannedCase, batches, check_seeds, seed_batches
 from medaug.io.raster import read_unit_png, write_unit_png
@@ -47,9 +47,16 @@ class Sampler(Protocol):
 
     Attributes:
         keeps_geometry: an image lies where its reference lies in the patient.
+        fit_groups: groups that its own guides were trained on, besides those of the generator.
     """
 
-    keeps_geometry: bool
+    @property
+    def keeps_geometry(self) -> bool:
+        """See above."""
+
+    @property
+    def fit_groups(self) -> Collection[str]:
+        """See above."""
 
     def settings(self) -> dict[str, Any]:
         """All that decides its images, besides weights and cohort."""
@@ -156,15 +163,21 @@ class GenerationSession:
         sampler: Sampler = self.evaluator.inferer
         return sampler
 
+    @property
+    def fit_groups(self) -> tuple[str, ...]:
+        """Sorted groups that generator and guides were trained on."""
+        return tuple(sorted({*self.record.fit_groups, *self.sampler.fit_groups}))
+
     def run(self) -> Cohort:
         """Make what is missing and write the synthetic cohort.
 
         Raises:
-            LeakageError: the run was trained on a group that this cohort holds out.
+            LeakageError: the run or a guide was trained on a group that this cohort holds out.
             ConfigError: the folder holds images of another run or other settings.
             StorageError: the folder is in use or the disk is full.
         """
         check_run(self.record, self.cohort)
+        check_fit_groups(self.fit_groups, self.cohort)
         folder = Path(self.output_dir)
         with storage.locked(folder):
             identity = {
@@ -218,7 +231,7 @@ class GenerationSession:
             created_by=created_by(f"medaug generate {self.record.bundle}", config_sha, self.seed),
             source=f"synthetic, generated from cohort {self.cohort.content_sha256[:12]}",
             training=cases,
-            fit_on={self.record.fit_on: self.record.fit_groups},
+            fit_on={fit_sha256(self.fit_groups): self.fit_groups},
             notes=self.cohort.notes,
         )
         return write_cohort(cohort, folder)
@@ -232,7 +245,7 @@ class GenerationSession:
             "reference": planned.reference.id,
             "intended_label": planned.label,
             **self.sampler.lineage(planned),
-            "fit_on": self.record.fit_on,
+            "fit_on": fit_sha256(self.fit_groups),
             "image_sha256": storage.sha256_file(folder / "images" / f"{planned.id}.png"),
         }
         return Case(
@@ -265,17 +278,26 @@ def check_run(record: RunRecord, cohort: Cohort) -> None:
             f"The run was trained for classes {list(record.classes)} at {record.image_size} px, "
             f"the cohort has {list(cohort.classes)} at {cohort.image_size} px.",
         )
-    held_out = (cohort.groups("validation") | cohort.groups("test")) & set(record.fit_groups)
+    check_fit_groups(record.fit_groups, cohort)
+
+
+def check_fit_groups(groups: Collection[str], cohort: Cohort, what: str = "run") -> None:
+    """Refuse groups that a generator or a guide may not have been trained on.
+
+    Raises:
+        LeakageError: this cohort holds one out (code `fit-on-held-out`), or does not know one (code `fit-unknown`).
+    """
+    held_out = (cohort.groups("validation") | cohort.groups("test")) & set(groups)
     if held_out:
         raise LeakageError(
             "fit-on-held-out",
-            f"The run was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort.",
+            f"The {what} was trained on {len(held_out)} group(s) that this cohort holds out ({', '.join(sorted(held_out)[:5])}); train again on this cohort.",
         )
-    unknown = set(record.fit_groups) - cohort.groups("training")
+    unknown = set(groups) - cohort.groups("training")
     if unknown:
         raise LeakageError(
             "fit-unknown",
-            f"The run was trained on {len(unknown)} group(s) that are not in this cohort's training split; use the cohort it was trained on.",
+            f"The {what} was trained on {len(unknown)} group(s) that are not in this cohort's training split; use the cohort it was trained on.",
         )
 
 

@@ -39,7 +39,7 @@ class PlannedCase:
 def quotas(
     cohort: Cohort,
     synthetic_per_real: float | None = None,
-    allocation: str = "proportional",
+    allocation: str | None = "proportional",
     fixed: Mapping[str, int] | None = None,
 ) -> list[int]:
     """Number of images per class.
@@ -48,13 +48,15 @@ def quotas(
         cohort: its training split is counted.
         synthetic_per_real: N_synthetic / N_real; 2.5 is the published "original-to-synthetic ratio 0.4" taken literally.
         allocation: "proportional" keeps the class shares; "balance" spends the same total on the smallest classes
-            first; "fixed" takes `fixed`.
+            first; "fixed" takes `fixed`; None balances ordinal classes and keeps the shares of others.
         fixed: class name -> count.
 
     Raises:
         ConfigError: unknown allocation or class, a ratio that is not positive.
     """
     real = cohort.class_counts("training")
+    if allocation is None:
+        allocation = "balance" if cohort.ordinal else "proportional"
     if allocation not in ALLOCATIONS:
         raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
     if allocation == "fixed":
@@ -140,7 +142,7 @@ def plan_for(
     record: RunRecord,
     seed: int,
     synthetic_per_real: float | None = None,
-    allocation: str = "proportional",
+    allocation: str | None = "proportional",
     fixed: Mapping[str, int] | None = None,
     counts: Sequence[int] | None = None,
 ) -> list[list[PlannedCase]]:
@@ -178,7 +180,7 @@ def variation_plan(
     record: RunRecord,
     seed: int,
     synthetic_per_real: float | None = None,
-    allocation: str = "proportional",
+    allocation: str | None = "proportional",
     fixed: Mapping[str, int] | None = None,
     counts: Sequence[int] | None = None,
     seeds: Collection[str] | None = None,

@@ -92,6 +92,7 @@ class GuidedSampler:
         self.cache = ReferenceCache()
 
     keeps_geometry = False  # a new image has no place in its reference's patient
+    fit_groups = ()  # nothing guides it
 
     def settings(self) -> dict[str, Any]:
         """What a lineage records of the sampler."""

@@ -141,6 +141,7 @@ class VariationSampler:
         return values | {"inversion_options": copy.deepcopy(dict(self.inversion_options))}
 
     keeps_geometry = True  # a variation lies where its seed image lies
+    fit_groups = ()  # nothing guides it
 
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""

@@ -186,6 +186,16 @@ class Item:
     declared: dict[str, Any] = field(default_factory=dict)  # what a DICOM header says about text in its pixels
     members: tuple[tuple[str, Path], ...] = ()  # of a volume: relative path and path of all its files
     keep_name: bool = False  # the user says that file names hold no identity
+    seen: tuple[str, int, int] = ("", 0, 0)  # sha256 of the file, its size and time of change (ns) when it was hashed
+
+    def hash(self) -> None:
+        """Hash the file; set `seen`."""
+        stamp = _stamp(self.path)  # before: a change while it is hashed must show
+        self.seen = (sha_of(self.path), *stamp)
+
+    def unchanged_sha256(self) -> str:
+        """sha256 of the file if nothing says that it changed since it was hashed, else ""."""
+        return self.seen[0] if self.seen[0] and self.seen[1:] == _stamp(self.path) else ""
 
 
 @dataclass
@@ -281,6 +291,15 @@ def public_name(item: Item, secrets: Sequence[str]) -> str:
 def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:
     """What the quarantine calls a file that gave no image: its public name, else the start of its sha256."""
     return public_name(item, secrets) or f"sha256:{sha_of(item.path)[:12]}"
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file, -1 if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def sha_of(path: Path) -> str:

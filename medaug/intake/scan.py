@@ -127,7 +127,7 @@ def read_pictures(item: Item, strict: bool = False) -> Iterator[tuple[Picture, s
     elif item.kind == "nifti":
         yield from ((picture, None, None) for picture in nifti.read_nifti(item.path, strict=strict, chosen=item.slices))
     elif item.kind == "dicom":
-        for picture in dicom.read_frames(item.path, item.slices):
+        for picture in dicom.read_frames(item.path, item.slices, item.unchanged_sha256()):
             if item.slice_index is not None:
                 picture.acquisition["slice_index"] = item.slice_index
             yield picture, None, None
@@ -321,7 +321,8 @@ def _scalar(value: Any) -> str | None:
 def source_sha256(found: Scan, options: IntakeOptions) -> str:
     """sha256 over every image file's place and content and the label table: tells whether a source changed."""
     with ThreadPoolExecutor(max(1, options.workers)) as pool:  # hashing and reading let other threads run
-        hashes = pool.map(sha_of, [item.path for item in found.items])
-        rows = sorted([item.relative, found_hash] for item, found_hash in zip(found.items, hashes, strict=True))
+        for _ in pool.map(Item.hash, found.items):
+            pass
+    rows = sorted([item.relative, item.seen[0]] for item in found.items)
     extra = [sha_of(path) for path in (options.labels, options.source if found.layout == "datalist" else None) if path]
     return storage.sha256_json([rows, extra, sorted(row["file"] for row in found.quarantine)])

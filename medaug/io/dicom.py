@@ -52,7 +52,7 @@ def read_dicom(path: Path) -> Picture:
         return _picture(values_of(stored, view), view, identifiers_of(dataset), source)
 
 
-def read_frames(path: Path, chosen: Sequence[int] | None = None) -> Iterator[Picture]:
+def read_frames(path: Path, chosen: Sequence[int] | None = None, source: str = "") -> Iterator[Picture]:
     """Read a DICOM file frame by frame; a single-frame file gives the one picture of `read_dicom`.
 
     Frames of enhanced CT and MR come with the rescale, window and geometry of their functional groups (PS3.3
@@ -63,12 +63,14 @@ def read_frames(path: Path, chosen: Sequence[int] | None = None) -> Iterator[Pic
     Args:
         path: of the file.
         chosen: 0-based places in that order; None yields all.
+        source: sha256 of the file where it is known; "" hashes it.
 
     Raises:
         DataError: as `read_dicom`; `slice-outside-volume` for a place that the file does not have.
     """
     with limits.decoding("DICOM"), quiet():
-        dataset, source = open_dataset(Path(path))
+        dataset, digest = open_dataset(Path(path), hashed=not source)
+        source = source or digest
         refuse_other_objects(dataset)
         frames = frame_count(dataset)
         if frames > limits.MAX_FRAMES:

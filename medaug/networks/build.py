@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,33 @@ from medaug.networks.unet import MonaiUNet
 
 BACKBONES = {"lean": LeanUNet, "monai": MonaiUNet}
 SETTINGS = ("backbone", "class_conditional", "backbone_options", "reference")
+
+
+def refuse_blind_levels(settings: Mapping[str, Any]) -> None:
+    """Refuse a MONAI U-Net in which a level is blind to noise level and class.
+
+    Its residual blocks add the embedding channel by channel and normalise next: where each group is one channel, the norm takes it out
+    again. A network that was trained so is still read.
+
+    Args:
+        settings: as for `build_guided_unet`.
+
+    Raises:
+        ConfigError: a width that equals `norm_num_groups` (code `network-blind`).
+    """
+    if settings.get("backbone", "monai") != "monai":
+        return
+    known = inspect.signature(MonaiUNet).parameters
+    options = {name: known[name].default for name in ("channels", "norm_num_groups")} | dict(
+        settings.get("backbone_options") or {}
+    )
+    blind = sorted({int(width) for width in options["channels"] if width == options["norm_num_groups"]})
+    if blind:
+        raise ConfigError(
+            "network-blind",
+            f"Levels of {blind[0]} channels in {options['norm_num_groups']} norm groups do not see noise level and class; "
+            "give fewer norm_num_groups or wider channels.",
+        )
 
 
 def build_guided_unet(settings: Mapping[str, Any], in_channels: int, num_classes: int) -> GuidedUNet:

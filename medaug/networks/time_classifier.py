@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from medaug.errors import ConfigError
 
+FINE_PATCHES = 32  # px; larger images are cut into patches of 4, or the first level would cost most of the time
+
 
 class TimeClassifier(nn.Module):
     """Half of MONAI's diffusion U-Net on patches, the mean over positions, drop-out, a linear layer.
@@ -23,7 +25,7 @@ class TimeClassifier(nn.Module):
         num_classes: K, at least 2.
         image_size: side in pixels; images of another size are refused, since a mean over positions would not notice.
         channels: width of each level; all multiples of `norm_num_groups` and larger. L levels halve the patch grid L - 1 times.
-        patch: side of a patch in pixels; 2 for images of 32 px, 4 for 64 and 128 px.
+        patch: side of a patch in pixels; None takes 2 up to 32 px and 4 above.
         num_res_blocks: residual blocks per level.
         norm_num_groups: groups of the group normalisation.
         dropout: share of the pooled features that are dropped, in [0, 1).
@@ -38,12 +40,14 @@ class TimeClassifier(nn.Module):
         num_classes: int,
         image_size: int,
         channels: Sequence[int] = (32, 64, 64),
-        patch: int = 2,
+        patch: int | None = None,
         num_res_blocks: int = 1,
         norm_num_groups: int = 8,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if patch is None:
+            patch = 2 if image_size <= FINE_PATCHES else 4
         if num_classes < 2:
             raise ConfigError("guidance-classes", f"a classifier of noisy images needs at least 2 classes, got {num_classes}.")
         sizes = (*channels, patch, num_res_blocks, norm_num_groups, in_channels)

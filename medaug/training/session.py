@@ -15,7 +15,7 @@ from medaug import storage
 from medaug.cohort import Cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError
-from medaug.networks.build import build_guided_unet
+from medaug.networks.build import build_guided_unet, refuse_blind_levels
 from medaug.networks.guided_unet import GuidedUNet
 from medaug.progress import progress
 from medaug.tracking import Run, track
@@ -171,7 +171,12 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def new_network(settings: Mapping[str, Any], cohort: Cohort, seed: int) -> GuidedUNet:
-    """A network with random weights that depend on the seed alone; see `build_guided_unet` for `settings`."""
+    """A network with random weights that depend on the seed alone; see `build_guided_unet` for `settings`.
+
+    Raises:
+        ConfigError: settings that cannot be built, or with a level that sees neither noise level nor class.
+    """
+    refuse_blind_levels(settings)
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.manual_seed(key_seed(seed, "weights"))
         return build_guided_unet(settings, in_channels=cohort.channels, num_classes=len(cohort.classes))

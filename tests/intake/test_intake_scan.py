@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import nibabel as nib
@@ -76,3 +77,14 @@ def test_strict_reading_of_nifti(tmp_path):
     assert len(list(read_pictures(Item("a.nii", tmp_path / "a.nii", "nifti")))) == 3
     with pytest.raises(DataError, match="orientation-conflict"):
         list(read_pictures(Item("a.nii", tmp_path / "a.nii", "nifti"), strict=True))
+
+
+def test_a_file_that_changes_after_it_was_hashed_is_hashed_again(tmp_path):
+    path = tmp_path / "IM0001"
+    path.write_bytes(b"one")
+    item = Item("IM0001", path, "dicom")
+    assert item.unchanged_sha256() == ""
+    item.hash()
+    assert item.unchanged_sha256() == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"other")
+    assert item.unchanged_sha256() == ""
