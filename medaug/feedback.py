@@ -5,6 +5,7 @@ The test split is never read. Validation decides, so a validation score of the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,16 +15,28 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from medaug import storage
-from medaug.cohort import Case, Cohort, check_against, created_by, read_cohort, write_cohort
+from medaug.cohort import FILE_NAME, Case, Cohort, check_against, created_by, read_cohort, write_cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
-from medaug.generation.feedback import Round, class_doubt, doubt, doubted_references, helped, next_amount, saving, spend
+from medaug.generation.feedback import (
+    Round,
+    class_doubt,
+    doubt,
+    doubted_references,
+    helped,
+    next_amount,
+    saving,
+    spend,
+    uses_references,
+)
+from medaug.generation.generate import check_fit_groups, check_run
 from medaug.generation.plan import quotas
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress
+from medaug.quality.checks import CHECKS
 from medaug.quality.pseudo_label import softmax
 from medaug.stages import gate_synthetic
 from medaug.training.classifier import fit_classifier, predict_logits, seeded
@@ -31,6 +44,9 @@ from medaug.training.data import CaseImages
 from medaug.workflow import load_config, run_stage
 
 RESULT_FILE = "feedback.json"
+COMMAND = "medaug feedback"
+# Settings that decide whether rounds can follow doubt.
+STEERING = ("counts", "seeds", "source", "target_label", "disturbance_settings")
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the one shot, for its curve
 
 
@@ -41,8 +57,8 @@ class FeedbackOptions:
     Attributes:
         budget: images generated in all, kept or not.
         per_round: images generated in a round.
-        share: of each class's training images, the most doubted ones, that are references.
-        least_gain: of the validation score.
+        share: of each class's training images, the most doubted ones, that are references where references show, see `uses_references`.
+        least_gain: of the validation score, at least 0.
         patience: rounds without help before it stops.
         network, grading_profile, seeds: of the grader; a round is judged by the mean over `seeds`.
         folds: that training images are judged in, by group, by graders that did not see them.
@@ -72,6 +88,11 @@ class FeedbackOptions:
                 raise ConfigError(
                     "feedback-option", f"{name} must be a whole number of at least {least}, got {getattr(self, name)!r}."
                 )
+        gain = self.least_gain
+        if isinstance(gain, bool) or not isinstance(gain, int | float) or not math.isfinite(gain) or gain < 0:
+            raise ConfigError("feedback-option", f"least_gain must be a finite number of at least 0, got {gain!r}.")
+        if unknown := sorted(set(self.checks) - set(CHECKS)):
+            raise ConfigError("feedback-option", f"checks must be of {', '.join(CHECKS)}, got {', '.join(unknown)}.")
         doubted_references([], [], [], self.share)  # checks the share
         grading_recipe(self.grading_profile, self.network)
 
@@ -104,14 +125,18 @@ class FeedbackJob:
         """Run all rounds and the one shot. Returns what ``feedback.json`` holds.
 
         Raises:
-            DataError: no validation split to decide on.  ConfigError, LeakageError: see the stages.
+            DataError: no validation split to decide on.
+            ConfigError, LeakageError: see `check`, before anything is trained, and the stages.
         """
         if not self.cohort.validation:
             raise DataError(
                 "split-empty", "Feedback decides on validation images, and the cohort has none; run intake with another --split."
             )
+        refers = self.check()
         with storage.locked(self.out):
-            rounds, kept = self._rounds()
+            clear_accepted(self.out / "accepted")
+            (self.out / RESULT_FILE).unlink(missing_ok=True)
+            rounds, kept = self._rounds(refers)
             final = self._grade(kept)["scores"]
             curve = self._one_shot() if self.options.one_shot else {}
             baseline = self._grade([])["scores"]
@@ -120,7 +145,7 @@ class FeedbackJob:
                 "split": "validation",
                 "baseline": float(np.mean(baseline)),
                 "rounds": [asdict(entry) for entry in rounds],
-                "saving": saving(rounds, float(np.mean(final)), curve),
+                "saving": saving(rounds, float(np.mean(final)), curve, float(np.mean(baseline))),
                 "one_shot": {str(amount): score for amount, score in curve.items()},
                 "options": asdict(self.options),
                 "accepted": None if not kept else len(self._merge(kept).training),
@@ -128,14 +153,43 @@ class FeedbackJob:
             storage.write_json(self.out / RESULT_FILE, result)
         return result
 
-    def _rounds(self) -> tuple[list[Round], list[Cohort]]:
+    def check(self) -> bool:
+        """Build all parts of the generation, and a grader, without running them.
+
+        Returns:
+            Whether references show in the images, see `uses_references`.
+
+        Raises:
+            MedaugError: no run, an unknown setting or network, a run or guide that does not belong to this cohort, or see `uses_references`.
+        """
+        build_network(self.options.network, self._classes, self.cohort.channels, self.cohort.image_size)
+        there = load_config(self.bundle, "generating", self.profile, self.overlay)
+        parts = ", ".join(f"'{name}': @{name}" for name in STEERING if name in there)
+        found = self._run_stage(self.out / "rounds", {"generating": [f"${{{parts}}}"], "session": "$1"})
+        refers = uses_references(found)
+        counts = spend(min(self.options.budget, self.options.per_round), [1.0] * self._classes)
+        session = self._run_stage(self.out / "rounds", {"counts": counts, "generating": ["$@session"]})
+        check_run(session.record, self.cohort)
+        check_fit_groups(session.fit_groups, self.cohort)
+        if self.options.one_shot:
+            self._one_shot_counts()
+        return refers
+
+    def _run_stage(self, folder: Path, own: Mapping[str, Any]) -> Any:
+        common = {"dataset_dir": str(self.cohort.root), "run_dir": str(self.run), "output_dir": str(folder / "synthetic")}
+        settings = dict(self.overrides) | common | {"tracking": {"enabled": False}} | dict(own)
+        return run_stage(self.bundle, "generating", self.profile, settings, overlay=self.overlay)
+
+    def _rounds(self, refers: bool) -> tuple[list[Round], list[Cohort]]:
         rounds: list[Round] = []
         kept: list[Cohort] = []
         amount = next_amount(rounds, self.options.budget, self.options.per_round)
         while amount:
             number, now = len(rounds) + 1, self._grade(kept)
             counts = spend(amount, class_doubt(np.asarray(now["validation"]), _labels(self.cohort.validation), self._classes))
-            made = self._make(self.out / "rounds" / f"{number:02d}", counts, self.seed + number, self._references(kept))
+            made = self._make(
+                self.out / "rounds" / f"{number:02d}", counts, self.seed + number, self._references(kept) if refers else None
+            )
             after = self._grade([*kept, made])["scores"] if made.training else now["scores"]
             good = bool(made.training) and helped(now["scores"], after, self.options.least_gain)
             rounds.append(Round(number, tuple(counts), len(made.training), tuple(now["scores"]), tuple(after), good))
@@ -153,11 +207,8 @@ class FeedbackJob:
 
     def _make(self, folder: Path, counts: Sequence[int], seed: int, references: Sequence[str] | None = None) -> Cohort:
         """Generate and gate; the accepted images."""
-        common = {"dataset_dir": str(self.cohort.root), "run_dir": str(self.run), "output_dir": str(folder / "synthetic")}
-        own = dict(self.overrides) | common | {"counts": list(counts), "seed": seed, "tracking": {"enabled": False}}
-        if references is not None and "seeds" in load_config(self.bundle, "generating", self.profile, self.overlay):
-            own["seeds"] = list(references)
-        run_stage(self.bundle, "generating", self.profile, own, overlay=self.overlay)
+        own: dict[str, Any] = {"counts": list(counts), "seed": seed}
+        self._run_stage(folder, own if references is None else own | {"seeds": list(references)})
         assert self.cohort.root is not None
         gated = gate_synthetic(
             folder / "synthetic",
@@ -219,19 +270,24 @@ class FeedbackJob:
         rows: list[list[float]] = softmax(predict_logits(network, CaseImages(self.cohort, cases))).round(6).tolist()
         return rows
 
-    def _one_shot(self) -> dict[int, float]:
-        """Images used -> mean validation score, of the whole budget made at once with the bundle's own allocation."""
+    def _one_shot_counts(self) -> list[int]:
         config = load_config(self.bundle, "generating", self.profile, self.overlay) | dict(self.overrides)
-        share = self.options.budget / len(self._real)
-        made = self._make(self.out / "one_shot", quotas(self.cohort, share, config["allocation"], config["fixed"]), self.seed)
-        order = sorted(made.training, key=lambda case: (key_seed("one shot", self.seed, case.id), case.id))
+        return quotas(self.cohort, self.options.budget / max(1, len(self._real)), config["allocation"], config["fixed"])
+
+    def _one_shot(self) -> dict[int, float]:
+        """Images generated -> mean validation score, of the whole budget made at once with the bundle's own allocation."""
+        made = self._make(self.out / "one_shot", self._one_shot_counts(), self.seed)
+        names = [case.id for case in read_cohort(self.out / "one_shot" / "synthetic").training]
+        order = sorted(names, key=lambda name: (key_seed("one shot", self.seed, name), name))
         curve: dict[int, float] = {}
         with progress("one shot", len(SHARES)) as advance:
             for part in SHARES:
-                cases = order[: round(part * len(order))]
-                if cases:
-                    few = replace(made, training=tuple(cases), content_sha256=storage.sha256_json([case.id for case in cases]))
-                    curve[len(cases)] = float(np.mean(self._grade([few])["scores"]))
+                first = order[: round(part * len(order))]
+                ids = set(first)
+                cases = [case for case in made.training if case.id in ids]
+                few = replace(made, training=tuple(cases), content_sha256=storage.sha256_json([case.id for case in cases]))
+                if first:
+                    curve[len(first)] = float(np.mean(self._grade([few] if cases else [])["scores"]))
                 advance(1)
         return curve
 
@@ -245,8 +301,34 @@ class FeedbackJob:
         cases = tuple(case for made in kept for case in made.training)
         fits = {sha: groups for made in kept for sha, groups in made.fit_on.items()}
         name = f"{self.cohort.name} feedback"
-        origin = created_by("medaug feedback", asdict(self.options), self.seed)
+        origin = created_by(COMMAND, asdict(self.options), self.seed)
         return write_cohort(replace(kept[0], name=name, training=cases, fit_on=fits, created_by=origin), folder)
+
+
+def clear_accepted(folder: Path) -> None:
+    """Take away the cohort of an earlier run, so that none stays when less is kept.
+
+    Raises:
+        ConfigError: it is not one of `medaug feedback` (code `folder-not-empty`).
+    """
+    if not folder.exists():
+        return
+    header = folder / FILE_NAME
+    if header.is_file() and read_header(header).get("command") != COMMAND:
+        raise ConfigError("folder-not-empty", f"The folder {folder.name} holds another cohort; choose a new output folder.")
+    header.unlink(missing_ok=True)
+    for path in (folder / "images").glob("*.png"):
+        path.unlink()
+    for place in (folder / "images", folder):
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What made the cohort of a ``cohort.json``; empty if that is not said."""
+    content = storage.read_json(path)
+    found = content.get("created_by") if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _labels(cases: Sequence[Case]) -> list[int]:

@@ -68,8 +68,10 @@ def load_config(bundle: str, stage: str, profile: str | None = None, overlay: st
             if key.lstrip("+") not in elsewhere:
                 raise _unknown(f"Profile key {key!r}", key, known)
         for key, value in own.items():
-            if key.lstrip("+") in config:
-                if not key.startswith("+"):
+            if (old := key.lstrip("+")) in config:
+                if key.startswith("+"):
+                    _check_switches(key, config[old], value)
+                else:
                     _check_kind(key, config[key], value)
                 _lay_over(config, key, value)
     return config
@@ -162,6 +164,13 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# As in YAML 1.2 only true and false are switches: `on`, a key of a guidance, `no`, perhaps a class, are words.
+_BOOL = "tag:yaml.org,2002:bool"
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != _BOOL]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 # YAML 1.1 reads 1e-4 as a word unless it has a point.
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
@@ -235,6 +244,7 @@ def run_stage(
 
 def _check_kind(key: str, old: Any, new: Any) -> None:
     """Refuse a word where a number or a mapping is; null and ``$`` expressions fit everywhere."""
+    _check_switches(key, old, new)
     if new is None or (isinstance(new, str) and new[:1] in ("$", "@", "%")):
         return
     kinds = ((bool, (bool,)), (int | float, (int, float)), (Mapping, (Mapping,)))
@@ -246,6 +256,14 @@ def _check_kind(key: str, old: Any, new: Any) -> None:
                     f"Configuration key {key!r} is {reprlib.repr(old)} by default and takes the like, got {reprlib.repr(new)}.",
                 )
             return
+
+
+def _check_switches(key: str, old: Any, new: Any) -> None:
+    """Refuse a word such as ``no`` for a switch inside a mapping, where it would count as true."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name, value in new.items():
+            if isinstance(old.get(name), bool) and isinstance(value, str):
+                _check_kind(f"{key}#{name}", old[name], value)
 
 
 def split_overrides(

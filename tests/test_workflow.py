@@ -7,7 +7,7 @@ import pytest
 
 from medaug import assets
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.workflow import load_config, own_error, parse_overrides, read_yaml, split_overrides
+from medaug.workflow import load_config, load_yaml, own_error, parse_overrides, read_yaml, run_stage, split_overrides
 
 
 def test_overrides_are_yaml() -> None:
@@ -178,3 +178,12 @@ def test_profile_values_have_the_kind_of_the_default(tmp_path: Path) -> None:
     (tmp_path / "number.yaml").write_text("3: 4\n")
     with pytest.raises(ConfigError, match="config-malformed"):
         load_config("guided_ddpm", "training", str(tmp_path / "number.yaml"))
+
+
+def test_only_true_and_false_are_switches(tmp_path: Path) -> None:
+    assert load_yaml("{on: no, y: [Off, yes], t: true, f: False}") == {"on": "no", "y": ["Off", "yes"], "t": True, "f": False}
+    with pytest.raises(ConfigError, match="config-value.*tracking#enabled"):
+        run_stage("uncertainty_guidance", "training", None, parse_overrides(["tracking={enabled: no}"]))
+    (tmp_path / "own.yaml").write_text("+tracking: {enabled: off}\n")
+    with pytest.raises(ConfigError, match="config-value.*enabled"):
+        load_config("uncertainty_guidance", "training", str(tmp_path / "own.yaml"))

@@ -30,11 +30,12 @@ def feedback(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate where the grader doubts on validation, keep what helps there, stop otherwise; the test split is not read.
+    """Generate more of the classes that a grader doubts on validation, keep what helps there, stop otherwise; the test split is not read.
 
     Example: medaug feedback uncertainty_guidance --overlay disturbance --cohort runs/cohort --run runs/run --out runs/feedback --budget 300 --per-round 100
     """
     from medaug.feedback import FeedbackOptions, run_feedback
+    from medaug.generation.feedback import saving_text
     from medaug.workflow import parse_overrides
 
     options = FeedbackOptions(
@@ -63,8 +64,5 @@ def feedback(
         before, after = (sum(entry[name]) / len(entry[name]) for name in ("before", "after"))
         verdict = "kept" if entry["kept"] else "dropped"
         lines.append(f"Round {entry['number']}: {entry['accepted']} accepted, {before:.3f} -> {after:.3f}, {verdict}.")
-    saved = result["saving"]
-    lines.append(
-        f"Kept {saved['kept']} of {saved['generated']} generated images; one shot needs {saved['one_shot_needed']} for as much."
-    )
+    lines.append(saving_text(result["saving"]))
     show(result, as_json, "\n".join(lines))

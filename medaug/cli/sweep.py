@@ -57,7 +57,9 @@ def sweep(
         overrides["sweep_settings#scales"] = list(numbers(scales, scales.count(",") + 1, "--scales"))
     overrides |= parse_overrides(settings or [])
     # The parts are those of generation; only what is run differs.
-    result = run_stage(bundle, "generating", profile, overrides | {"generating": ["$@sweep.run()"]}, overlay=overlay)
+    result = run_stage(
+        bundle, "generating", profile, overrides | {"session": "@sweep", "generating": ["$@sweep.run()"]}, overlay=overlay
+    )
     lines = [
         f"scale {row['scale']:g}: entropy {row['entropy']:.3f}, agreement {row['agreement']:.2f}, change {row['change']:.3f}"
         for row in result["rows"]

@@ -23,6 +23,7 @@ from medaug.generation.guides import (
     GuideClassifiers,
     WeakNetwork,
     build_guidance,
+    check_scale,
     make_scale_schedule,
     make_terms,
     rescaled,
@@ -77,6 +78,8 @@ class ClassGuidedSampler:
     step_function: Step = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_scale(self.cfg_scale, "cfg_scale")
+        check_scale(self.spread, "The spread of the guidance scale")
         objective = build_objective(self.objective) if isinstance(self.objective, Mapping) else self.objective
         grid = spaced_timesteps(objective.schedule, self.num_inference_steps, self.spacing, self.sigma_max, self.sigma_min)
         derived = {

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medaug.cohort import Case, Cohort, check_against, read_cohort
+from medaug.cohort import Case, Cohort, check_against
 from medaug.diffusion.inversion import start_timesteps
 from medaug.diffusion.two_stage import disturb
 from medaug.errors import ConfigError, DataError
 from medaug.generation.class_guided import ClassGuidedSampler, make_class_guided_sampler
-from medaug.generation.generate import PlanBatches
-from medaug.generation.plan import PlannedCase, check_counts, plan_for, variation_plan
+from medaug.generation.generate import PlanBatches, read_synthetic
+from medaug.generation.guides import is_finite
+from medaug.generation.plan import PlannedCase, check_counts, check_seeds, plan_for, quotas, variation_plan
 from medaug.networks.guided_unet import GuidedUNet
 from medaug.training.data import read_case
 from medaug.training.diffusion import NoiseObjective
@@ -71,7 +72,7 @@ def disturbance_plan(
             the folder of a synthetic cohort, all of it unless `counts` are given.
         target_label: name or index of a class: every image of another class is translated to it.
         spread: of the sampler. Without one, equal images give equal results, so no source may be used twice.
-        synthetic_per_real, allocation, fixed, counts: how many of which class, see `quotas`.
+        synthetic_per_real, allocation, fixed, counts: how many of which class, see `quotas`; of the `seeds` where they are given.
         seeds: ids of the training cases to disturb; None is all.
 
     Raises:
@@ -79,8 +80,15 @@ def disturbance_plan(
         DataError: nothing to disturb (code `disturb-empty`), or fewer images than asked for (code `source-too-few`).
         LeakageError: a held-out case among `seeds`; a synthetic cohort whose generator saw a held-out group.
     """
-    if source == REAL and allocation is None:
+    if (source == REAL or seeds is not None) and allocation is None:
         allocation = "proportional"  # balancing would take images of small classes twice
+    if seeds is not None and source in (GENERATED, REAL):
+        seeds = seed_ids(seeds)
+        check_seeds(cohort, seeds)
+        _refuse_empty(seeds)
+        if counts is None:
+            chosen = cohort.with_cases(training=[case for case in cohort.training if case.id in seeds])
+            counts = quotas(chosen, synthetic_per_real, allocation, fixed)
     amounts = (synthetic_per_real, allocation, fixed, counts)
     target = None if target_label is None else _class_index(cohort, target_label)
     if source not in (GENERATED, REAL):
@@ -103,6 +111,18 @@ def disturbance_plan(
         )
     images = {case.id: (cohort, case.reference) for case in cases}
     return DisturbancePlan(plan, REAL, images, (), {"kind": REAL, "target_label": target})
+
+
+def seed_ids(seeds: str | Collection[str]) -> set[str]:
+    """Ids of a config: several, or one as a word.
+
+    Raises:
+        ConfigError: anything else (code `seeds-invalid`).
+    """
+    given = [seeds] if isinstance(seeds, str) else seeds
+    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in given):
+        raise ConfigError("seeds-invalid", f"seeds takes a list of case ids, got {seeds!r}.")
+    return set(given)
 
 
 def _class_index(cohort: Cohort, label: str | int) -> int:
@@ -139,7 +159,7 @@ def _from_cohort(
     cohort: Cohort, record: RunRecord, seed: int, folder: Path, target: int | None, counts: Sequence[int] | None
 ) -> DisturbancePlan:
     """All images of a finished stage 1, or the first of each class."""
-    stage_1 = read_cohort(folder, verify=True)
+    stage_1 = read_synthetic(folder, verify=True)
     check_against(stage_1, cohort)
     references = {case.id: case for case in cohort.training if not case.is_synthetic}
     plan: list[list[PlannedCase]] = []
@@ -156,7 +176,9 @@ def _from_cohort(
             reference = references.get((case.lineage or {}).get("reference", ""))
             if reference is None:
                 raise DataError(
-                    "seed-unknown", f"Case {case.id} of {folder.name} has no training case of this cohort as its reference."
+                    "seed-unknown",
+                    f"Case {case.id} of {folder.name} has no training case of this cohort as its reference; name a folder that was generated "
+                    "from this cohort, or give the cohort it was generated from.",
                 )
             planned = PlannedCase(_id(record, seed, case.id), label, number, reference)
             plan[-1].append(planned)
@@ -209,7 +231,7 @@ class DisturbanceSampler:
         refinements: fixed-point iterations per level of the inversion; each costs a pass of the network.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value out of range; a strength that leaves no step for images that are there (code `strength-empty`).
     """
 
     way: ClassGuidedSampler
@@ -219,7 +241,14 @@ class DisturbanceSampler:
     refinements: int = 0
 
     def __post_init__(self) -> None:
-        start_timesteps(self.way.timesteps, self.strength)  # refuses now, not hours later
+        if not is_finite(self.strength):
+            raise ConfigError("strength-range", f"strength must be a number in [0, 1], got {self.strength!r}.")
+        if not start_timesteps(self.way.timesteps, self.strength) and self.plan.kind != GENERATED:
+            raise ConfigError(
+                "strength-empty",
+                f"strength {self.strength:g} leaves none of the {len(self.way.timesteps)} steps, and the images would come out as they "
+                f"went in; use at least {1 / len(self.way.timesteps):.2g}.",
+            )
         if isinstance(self.refinements, bool) or not isinstance(self.refinements, int) or self.refinements < 0:
             raise ConfigError("refinements-range", f"refinements must be a whole number of at least 0, got {self.refinements!r}.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,26 +104,87 @@ def next_amount(rounds: Sequence[Round], budget: int, per_round: int, patience: 
     return max(0, min(per_round, budget - sum(sum(entry.counts) for entry in rounds)))
 
 
-def saving(rounds: Sequence[Round], final: float, one_shot: Mapping[int, float]) -> dict[str, float | int | None]:
-    """What the rounds cost beside one shot.
+def uses_references(settings: Mapping[str, Any]) -> bool:
+    """Whether the choice of references shows in the images, for generation settings that rounds can follow.
+
+    Args:
+        settings: evaluated ones, those of ``counts``, ``seeds``, ``source``, ``target_label`` and ``disturbance_settings`` that the bundle has.
+
+    Returns:
+        True where images are variations of training images that ``seeds`` chooses, False where they come from noise.
+
+    Raises:
+        ConfigError: rounds cannot choose classes (code `feedback-option`), or every round would make the same images (`feedback-source`).
+    """
+    for name in ("counts", "target_label"):
+        if settings.get(name) is not None:
+            raise ConfigError(
+                "feedback-option", f"Feedback itself decides how many images of which class are made; leave {name} at null."
+            )
+    source = settings.get("source")
+    if source not in (None, "generated", "real"):
+        raise ConfigError(
+            "feedback-source",
+            "A finished stage 1 holds the same images in every round; set source to generated, or to real with "
+            "disturbance_settings#spread above 0.",
+        )
+    if source == "real":
+        own = settings.get("disturbance_settings") or {}
+        guided = any(term.get("scale", 1) for term in own.get("guidance") or [])
+        if not (own.get("spread") or 0) > 0 or not guided:
+            raise ConfigError(
+                "feedback-source",
+                "Real images are disturbed without any draw, so every round would make the same ones; set disturbance_settings#spread "
+                "above 0, with a guidance it acts on, or source to generated.",
+            )
+    chosen = "seeds" in settings and source != "generated"
+    if chosen and settings["seeds"] is not None:
+        raise ConfigError("feedback-option", "Feedback itself chooses the training images to start from; leave seeds at null.")
+    return chosen
+
+
+def saving(
+    rounds: Sequence[Round], final: float, one_shot: Mapping[int, float], baseline: float
+) -> dict[str, float | int | None]:
+    """What the rounds cost beside one shot, in generated images; scores are of validation, which also chose the rounds.
 
     Args:
         rounds: all of them.
-        final: mean validation score with the images that were kept.
-        one_shot: images used -> mean validation score of one shot with an ordinary allocation.
+        final: mean score with the images that were kept.
+        one_shot: images generated -> mean score of what passed of them, for one shot with an ordinary allocation.
+        baseline: mean score without a synthetic image.
 
     Returns:
-        ``generated`` and ``kept`` images of the rounds, ``one_shot_needed`` (the fewest images with which one shot reaches `final`, None if it
-        does not), ``saved`` (their difference to ``kept``, None likewise), ``one_shot_best``.
+        ``generated`` images of all rounds, ``kept`` (accepted ones of the rounds that helped), ``one_shot_needed`` (the fewest images with which
+        one shot reaches `final`, 0 if the baseline does; None if it does not), ``saved`` (their difference to ``generated``, None likewise, 0 if
+        nothing was kept), ``one_shot_best``.
     """
     kept = sum(entry.accepted for entry in rounds if entry.kept)
-    enough = [amount for amount, score in one_shot.items() if score >= final]
+    generated = sum(sum(entry.counts) for entry in rounds)
+    enough = [amount for amount, score in ({0: baseline} | dict(one_shot)).items() if score >= final]
     needed = min(enough) if enough else None
+    if not kept:
+        needed = 0  # the final score is the baseline
     return {
-        "generated": sum(sum(entry.counts) for entry in rounds),
+        "generated": generated,
         "kept": kept,
         "final": final,
         "one_shot_needed": needed,
         "one_shot_best": max(one_shot.values()) if one_shot else None,
-        "saved": None if needed is None else needed - kept,
+        "saved": None if needed is None else needed - generated if kept else 0,
     }
+
+
+def saving_text(saved: Mapping[str, Any]) -> str:
+    """What `saving` found, as sentences."""
+    made = f"{saved['generated']} image(s) generated"
+    if not saved["kept"]:
+        text = f"Nothing was kept of {made}: nothing is gained, and nothing saved."
+    elif saved["one_shot_best"] is None:
+        text = f"{saved['kept']} image(s) kept of {made}; not compared with one shot."
+    elif saved["one_shot_needed"] is None:
+        text = f"{saved['kept']} image(s) kept of {made}; one shot of the whole budget does not reach that score."
+    else:
+        more = "fewer" if saved["saved"] >= 0 else "more"
+        text = f"{saved['kept']} image(s) kept of {made}, {abs(saved['saved'])} {more} than one shot generates for that score."
+    return f"{text} All scores are of validation, which also chose the rounds; measure the result on test with `medaug grade`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from medaug.training.data import read_case
 from medaug.training.run_folder import RunRecord
 from medaug.transforms.prepare import restore
 
+_log = logging.getLogger(__name__)
 PLAN_FILE = "generation.json"
+SATURATED = 1.05  # images lie in [-1, 1]
 GEOMETRY_FACTS = (
     "original_size",
     "padding",
@@ -206,7 +209,17 @@ class GenerationSession:
         if not left:
             return
 
+        warned = False
+
         def save(engine: Any) -> None:
+            nonlocal warned
+            if not warned and (share := saturation(engine.state.output["samples"])) > 0.5:
+                warned = True
+                _log.warning(
+                    "guidance-saturated: %.0f %% of the pixels of a batch lie outside the range of images and are cut to black or "
+                    "white; use a smaller guidance scale.",
+                    100 * share,
+                )
             save_batch(engine.state.output["samples"], engine.state.output["cases"], images)
             advance(len(engine.state.output["cases"]))
 
@@ -301,6 +314,11 @@ def check_fit_groups(groups: Collection[str], cohort: Cohort, what: str = "run")
         )
 
 
+def saturation(samples: Tensor) -> float:
+    """Share of the pixels that are cut to black or white, in [0, 1]; `SATURATED` lets the rounding of a dark background pass."""
+    return float((samples.abs() > SATURATED).float().mean())
+
+
 def save_batch(samples: Tensor, cases: Sequence[PlannedCase], folder: Path) -> None:
     """Write each sample as ``<id>.png``; an image that exists is left as it is.
 
@@ -324,19 +342,22 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
             raise ConfigError("folder-not-empty", f"The output folder {folder.name} holds another cohort; choose a new one.")
         storage.write_json(path, dict(identity))
     elif storage.sha256_json(storage.read_json(path)) != storage.sha256_json(identity):
+        if not (folder / FILE_NAME).is_file() and not any((folder / "images").glob("*.png")):
+            storage.write_json(path, dict(identity))  # the settings of before were refused at the first image
+            return
         raise ConfigError(
             "generation-other-config",
             f"{folder.name} holds images of another run or other sampler settings; choose a new output folder.",
         )
 
 
-def read_synthetic(folder: Path) -> Cohort:
-    """Read a synthetic cohort, generated or accepted.
+def read_synthetic(folder: Path, verify: bool = False) -> Cohort:
+    """Read a synthetic cohort, generated or accepted; `verify` as for `read_cohort`.
 
     Raises:
         DataError: it holds real cases.
     """
-    cohort = read_cohort(folder)
+    cohort = read_cohort(folder, verify=verify)
     if not all(case.is_synthetic for case in cohort.cases()):
         raise DataError(
             "not-synthetic", f"{Path(folder).name} holds real images; a synthetic cohort from `medaug generate` was expected."

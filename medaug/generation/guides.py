@@ -30,6 +30,26 @@ from medaug.training.time_classifier import load_time_classifier
 PLACES = ("x_t", "x0hat")
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a setting is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def check_scale(value: Any, what: str) -> None:
+    """Refuse a scale that is not a finite number.
+
+    Raises:
+        ConfigError: code `guidance-scale`.
+    """
+    if not is_finite(value):
+        raise ConfigError("guidance-scale", f"{what} must be a finite number, got {value!r}.")
+
+
 def make_scale_schedule(name: str, options: Mapping[str, Any] | None = None) -> ScaleSchedule:
     """The entry `name` of `SCALE_SCHEDULES`; ``inside`` of an interval is a name too.
 
@@ -74,8 +94,9 @@ class GuidanceTerm:
         make_scale_schedule(self.schedule, self.schedule_options)
         if self.on not in PLACES:
             raise ConfigError("guidance-place", f"Guidance acts on one of {', '.join(PLACES)}, got {self.on!r}.")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float) or not math.isfinite(self.scale):
-            raise ConfigError("guidance-scale", f"The scale of a guidance must be a finite number, got {self.scale!r}.")
+        check_scale(self.scale, "The scale of a guidance")
+        for name, value in self.measure_options.items():
+            check_scale(value, f"{name} of {self.measure}")
 
     def content(self) -> dict[str, Any]:
         """What a lineage records; options that say nothing are left out."""
@@ -99,6 +120,7 @@ def make_terms(settings: Sequence[GuidanceTerm | Mapping[str, Any]] | None) -> t
     made = []
     for term in terms:
         if isinstance(term, Mapping):
+            term = {"on" if key is True else key: value for key, value in term.items()}  # YAML 1.1 reads the key `on` as true
             if unknown := sorted(set(map(str, term)) - known):
                 raise ConfigError("setting-unknown", f"Unknown guidance setting(s) {unknown}; known are {sorted(known)}.")
             term = GuidanceTerm(**copy.deepcopy(dict(term)))
@@ -149,7 +171,7 @@ def load_classifiers(
         terms: what they are needed for; empty loads none.
 
     Raises:
-        ConfigError: other classes, size, channels or noise schedule.  DataError: no finished run.
+        ConfigError: other classes, size, channels or noise schedule; one twice.  DataError: no finished run.
         LeakageError: one saw a group that this cohort holds out, or does not know.
     """
     if not terms:
@@ -166,6 +188,11 @@ def load_classifiers(
                 "classifier-schedule",
                 f"The classifier in {Path(folder).name} was trained on other noise levels than the generator; train it with the "
                 "generator's diffusion_settings.",
+            )
+        if record.weights_sha256 in shas:
+            raise ConfigError(
+                "classifier-twice",
+                f"The classifier in {Path(folder).name} is given twice, and equal ones never disagree; name each one once.",
             )
         networks.append(network.to(device))
         shas.append(record.weights_sha256)
@@ -210,7 +237,8 @@ def load_weak_network(
         cohort, diffusion, device: as for `load_classifiers`.
 
     Raises:
-        ConfigError: an unknown setting, no ``run_dir``, other classes, size, channels or noise schedule.  LeakageError: see `check_run`.
+        ConfigError: an unknown setting, no ``run_dir``, a scale that is not finite, other classes, size, channels or noise schedule.
+        LeakageError: see `check_run`.
     """
     if not settings:
         return None
@@ -221,6 +249,7 @@ def load_weak_network(
             "setting-unknown", f"autoguidance takes run_dir, scale, schedule and schedule_options, got {sorted(settings)}."
         )
     make_scale_schedule(given["schedule"], given["schedule_options"])
+    check_scale(given["scale"], "The scale of autoguidance")
     record = read_run(Path(folder))
     check_run(record, cohort)
     objective = build_objective(record.settings["diffusion"])

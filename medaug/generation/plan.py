@@ -121,9 +121,10 @@ def make_plan(
             key=lambda case: case.id,
         )
         if count and not cases:
+            what = "training image" if seeds is None else "image among the seeds"
             raise DataError(
                 "class-empty",
-                f"Class {cohort.classes[label]!r} has no training image to refer to; add some or set its count to 0.",
+                f"Class {cohort.classes[label]!r} has no {what} to refer to; add some or set its count to 0.",
             )
         order = numpy_generator(seed, "reference", label).permutation(len(cases))
         plan.append(

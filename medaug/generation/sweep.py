@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,9 @@ from medaug.cohort import Cohort
 from medaug.diffusion.uncertainty import EnsembleVotes, mixture
 from medaug.errors import ConfigError, DataError
 from medaug.generation.calibration import write_figure
+from medaug.generation.disturbance import seed_ids
 from medaug.generation.generate import PlanBatches, Sampler, check_fit_groups, check_run, tile
-from medaug.generation.guides import GuideClassifiers
+from medaug.generation.guides import GuideClassifiers, is_finite
 from medaug.generation.plan import PlannedCase
 from medaug.io.raster import write_unit_png
 from medaug.networks.guided_unet import GuidedUNet
@@ -61,12 +62,12 @@ class SweepRow:
     change: float
 
 
-def even_counts(settings: Mapping[str, Any], cohort: Cohort) -> list[int]:
-    """Images per class of a sweep: as even as can be, no class more often than it has training images."""
-    there = [
-        sum(case.label == label and not case.is_synthetic for case in cohort.training) for label in range(len(cohort.classes))
-    ]
-    wanted = -(-int(settings["num_images"]) // len(there))
+def even_counts(settings: Mapping[str, Any], cohort: Cohort, seeds: str | Collection[str] | None = None) -> list[int]:
+    """Images per class of a sweep: as even as can be, no class more often than it has training images, or images among the `seeds`."""
+    ids = None if seeds is None else seed_ids(seeds)
+    real = [case.label for case in cohort.training if not case.is_synthetic and (ids is None or case.id in ids)]
+    there = [real.count(label) for label in range(len(cohort.classes))]
+    wanted = -(-int(settings["num_images"]) // max(1, sum(count > 0 for count in there)))
     return [min(wanted, count) for count in there]
 
 
@@ -115,11 +116,11 @@ class Sweep:
     tracking: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers = [scale for scale in self.scales if not isinstance(scale, bool) and np.isfinite(scale)]
-        if not numbers or len(numbers) < len(self.scales) or min(self.num_images, self.columns) < 1:
+        listed = isinstance(self.scales, list | tuple) and self.scales
+        if not listed or not all(map(is_finite, self.scales)) or min(self.num_images, self.columns) < 1:
             raise ConfigError(
                 "sweep-scales",
-                f"A sweep needs finite scales and at least one image, got {list(self.scales)}, num_images {self.num_images} and columns "
+                f"A sweep needs finite scales and at least one image, got {self.scales!r}, num_images {self.num_images} and columns "
                 f"{self.columns}.",
             )
 

@@ -149,7 +149,7 @@ def load_time_classifier(folder: Path, record: RunRecord, cohort: Cohort) -> Tim
         raise ConfigError(
             "class-mismatch",
             f"The classifier was trained for classes {list(record.classes)} at {record.image_size} px with {record.channels} channel(s), "
-            f"the cohort has {list(cohort.classes)} at {cohort.image_size} px with {cohort.channels}.",
+            f"the cohort has {list(cohort.classes)} at {cohort.image_size} px with {cohort.channels}; train one on this cohort.",
         )
     held_out = (cohort.groups("validation") | cohort.groups("test")) & set(record.fit_groups)
     if held_out:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from guided_world import QUIET, new_classifier_run, new_guided_run
 from random_run import DIFFUSION, World
 from tiny_run import BACKBONE
@@ -23,10 +26,20 @@ from medaug.cohort import Cohort, fit_sha256, read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.generation import generate as generation
 from medaug.generation.disturbance import disturbance_plan
+from medaug.generation.guides import make_terms
 from medaug.generation.plan import quotas
 from medaug.io.raster import read_unit_png
 from medaug.training.run_folder import RUN_FILE, read_run
-from medaug.workflow import STAGES, list_overlays, load_config, read_yaml, run_stage, run_training
+from medaug.workflow import (
+    STAGES,
+    list_overlays,
+    load_config,
+    own_error,
+    parse_overrides,
+    read_yaml,
+    run_stage,
+    run_training,
+)
 
 BUNDLE = assets.bundle_root("uncertainty_guidance")
 SMALL_CLASSIFIER = {"channels": [8, 16], "patch": None, "norm_num_groups": 4, "dropout": 0.2}
@@ -431,6 +444,121 @@ def test_settings_that_cannot_be_meant_are_refused(world: World, tmp_path: Path,
         generate(world, tmp_path / "s", counts=[1, 0, 0], **change)
 
 
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"guidance_settings#cfg_scale": math.nan}, "guidance-scale.*cfg_scale"),
+        ({"guidance_settings#autoguidance": {"run_dir": "RUN", "scale": math.nan}}, "guidance-scale.*autoguidance"),
+        ({"guidance_settings#autoguidance": {"run_dir": "RUN", "scale": "a"}}, "guidance-scale.*autoguidance"),
+        ({"guidance_settings#guidance": [{"measure": "entropy", "scale": 10**400}]}, "guidance-scale"),
+        (
+            {"guidance_settings#guidance": [{"measure": "entropy_class", "measure_options": {"class_weight": math.nan}}]},
+            "class_weight",
+        ),
+        (
+            {"guidance_settings#guidance": [{"measure": "entropy_class", "measure_options": {"class_weight": "a"}}]},
+            "class_weight",
+        ),
+        ({"sweep_settings#scales": ["a"], "session": "@sweep", "generating": ["$@sweep.run()"]}, "sweep-scales"),
+        ({"sweep_settings#scales": ["a"], "generating": ["$@sweep.run()"]}, "sweep-scales"),
+        ({"classifier_dirs": ["RUN/classifier", "RUN/classifier"]}, "classifier-twice"),
+    ],
+)
+def test_values_that_are_no_numbers_are_refused_before_a_file_is_written(
+    world: World, tmp_path: Path, change: dict[str, Any], code: str
+) -> None:
+    given = json.loads(json.dumps(change).replace("RUN", str(world.run)))
+    with pytest.raises((ConfigError, RuntimeError)) as caught:
+        generate(world, tmp_path / "s", counts=[1, 0, 0], sweep_dir=str(tmp_path / "sweep"), **given)
+    assert re.search(code, str(own_error(caught.value))) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["real", "cohort"])
+def test_a_strength_that_leaves_no_step_is_refused(world: World, tmp_path: Path, source: str) -> None:
+    if source == "cohort":
+        generate(world, tmp_path / "first", counts=[1, 0, 0])
+    start = str(tmp_path / "first") if source == "cohort" else source
+    for strength in (0, 0.2):  # of 4 steps
+        with pytest.raises(ConfigError, match="strength-empty.*0.25"):
+            generate(world, tmp_path / "s", "disturbance", source=start, **{"disturbance_settings#strength": strength})
+    with pytest.raises(ConfigError, match="strength-range"):
+        generate(world, tmp_path / "s", "disturbance", source=start, **{"disturbance_settings#strength": math.nan})
+    assert not (tmp_path / "s").exists()
+
+
+def test_seeds_are_what_is_disturbed(world: World, tmp_path: Path) -> None:
+    training = world.cohort.training
+    half = [case.id for case in training[::2]]
+    plan = disturbance_plan(world.cohort, world.record, 0, source="real", synthetic_per_real=1.0, seeds=half)
+    assert sorted(case.reference.id for cases in plan.plan for case in cases) == sorted(half)
+    for ids in ([training[0].id], training[0].id):
+        one = disturbance_plan(world.cohort, world.record, 0, source="real", synthetic_per_real=1.0, seeds=ids)
+        assert [case.reference.id for cases in one.plan for case in cases] == [training[0].id]
+    with pytest.raises(DataError, match="class-empty.*among the seeds"):
+        disturbance_plan(world.cohort, world.record, 0, source="real", counts=[1, 1, 1], seeds=half[:1])
+    with pytest.raises(DataError, match="disturb-empty"):
+        disturbance_plan(world.cohort, world.record, 0, source="real", synthetic_per_real=1.0, seeds=[])
+    with pytest.raises(ConfigError, match="seeds-invalid"):
+        disturbance_plan(world.cohort, world.record, 0, source="real", synthetic_per_real=1.0, seeds=[1])  # type: ignore[list-item]
+
+
+def test_a_sweep_keeps_to_the_seeds_and_needs_no_quota(world: World, tmp_path: Path) -> None:
+    ids = [case.id for case in world.cohort.training if case.label == 1][:3]
+    settings = {"source": "real", "seeds": ids, "synthetic_per_real": 5.0, "sweep_dir": str(tmp_path)}
+    asked = {"session": "@sweep", "generating": ["$[case.reference.id for cases in @sweep_plan for case in cases]"]}
+    found = run_stage(
+        "uncertainty_guidance",
+        "generating",
+        None,
+        {"dataset_dir": str(world.cohort.root), "run_dir": str(world.run)} | QUIET | settings | asked,
+        overlay="disturbance",
+    )
+    assert sorted(found) == sorted(ids)
+
+
+def test_a_refused_scale_does_not_lock_its_folder(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def at(scale: float) -> Any:
+        term = {"measure": "classifier", "scale": scale}
+        counts = {"counts": [3, 0, 0], "generation_batch_size": 1}
+        return generate(world, tmp_path / "s", **counts, **{"guidance_settings#guidance": [term]})
+
+    with pytest.raises(ConfigError, match="guidance-diverged"):
+        at(1e300)
+    assert len(at(1.0).training) == 3 and "guidance-saturated" not in caplog.text
+    with pytest.raises(ConfigError, match="generation-other-config"):
+        at(2.0)
+
+
+def test_saturated_images_are_told_once(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    term = {"measure": "classifier", "scale": 1e8}
+    options = {"counts": [3, 0, 0], "generation_batch_size": 1, "guidance_settings#guidance": [term]}
+    generate(world, tmp_path / "s", **options)
+    assert caplog.text.count("guidance-saturated") == 1
+
+
+def test_sources_of_the_wrong_kind_are_named(world: World, make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not-synthetic"):
+        generate(world, tmp_path / "s", "disturbance", source=str(world.cohort.root))
+    two = make_cohort(tmp_path / "two", num_classes=2)
+    new_classifier_run(two, tmp_path / "a")
+    with pytest.raises(ConfigError, match="class-mismatch.*train one on this cohort"):
+        generate(world, tmp_path / "s", counts=[1, 0, 0], classifier_dirs=[str(tmp_path / "a")])
+
+
+TERM_TEXT = "[{measure: entropy, scale: 2, on: x0hat}]"
+
+
+def test_the_documented_key_on_works_in_files_and_on_the_command_line(world: World, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"guidance_settings:\n  guidance: {TERM_TEXT}\n")
+    from_file = load_config("uncertainty_guidance", "generating", str(tmp_path / "own.yaml"))["guidance_settings"]["guidance"]
+    given = parse_overrides([f"guidance_settings#guidance={TERM_TEXT}"])
+    assert from_file == given["guidance_settings#guidance"] == [{"measure": "entropy", "scale": 2, "on": "x0hat"}]
+    made = generate(world, tmp_path / "s", counts=[1, 0, 0], **given)
+    assert lineage(made)["guidance"]["terms"][0]["on"] == "x0hat"
+    plain = yaml.safe_load(TERM_TEXT)  # as MONAI's own command line reads it
+    assert True in plain[0] and make_terms(plain) == make_terms(from_file)
+
+
 # --- the whole way ------------------------------------------------------------------------------------------------------
 
 
@@ -453,8 +581,6 @@ def test_augment_makes_both_stages(make_cohort: Callable[..., Cohort], tmp_path:
 @pytest.mark.slow
 @pytest.mark.integration
 def test_the_experiment_makes_every_arm_on_shared_weights(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
-    import yaml
-
     from medaug.experiment import run_experiment
 
     make_cohort(tmp_path / "cohort", per_class=15)
@@ -492,16 +618,24 @@ def test_monai_runs_every_overlay_from_another_folder(make_cohort: Callable[...,
             ["train", "classifier"],
             small | {"output_dir": "run/classifier", "classifier_settings": str(SMALL_CLASSIFIER)},
         ),
-        ("generating", ["inference"], {"run_dir": "run", "output_dir": "first", "counts": "[1, 1, 1]"}),
+        (
+            "generating",
+            ["inference"],
+            {"run_dir": "run", "output_dir": "first", "counts": "[1, 1, 1]", "guidance_settings#guidance": TERM_TEXT},
+        ),
         ("generating", ["inference", "disturbance"], {"run_dir": "run", "output_dir": "second", "source": "first"}),
     ]
+    (tmp_path / "own.yaml").write_text(f"+disturbance_settings:\n  guidance: {TERM_TEXT}\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BUNDLE.parent.parent)}
     for stage, names, own in runs:
         files = [*(str(BUNDLE / "configs" / f"{name}.yaml") for name in names), str(assets.profile_path("tiny"))]
+        files += ["own.yaml"] if "disturbance" in names else []
         command = [sys.executable, "-m", "monai.bundle", "run", stage]
         command += [word for name, value in ({"config_file": str(files)} | common | own).items() for word in (f"--{name}", value)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     assert read_run(tmp_path / "run" / "classifier").iterations == 2
     assert len(read_cohort(tmp_path / "second").training) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cohort", "first", "run", "second"]
+    for name in ("first", "second"):
+        assert lineage(read_cohort(tmp_path / name))["guidance"]["terms"][0]["on"] == "x0hat"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cohort", "first", "own.yaml", "run", "second"]
