@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "medaug"
 
 BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress"})  # "" is the package itself: its version
-LOWER = BASE | {"io", "transforms", "networks", "splits"}
+LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts"}
 MIDDLE = LOWER | {"diffusion", "training", "quality", "intake", "tracking"}
 UPPER = MIDDLE | {"generation", "grading", "phantom", "assets"}
 # Room -> rooms that it may import. A room not named here fails the test: give it a place first.
@@ -26,6 +26,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "progress": BASE - {"cohort"},
     "cohort": BASE,
     "splits": BASE,
+    "prompts": BASE - {"cohort"},
     "assets": BASE,
     "io": BASE | {"io"},
     "transforms": BASE | {"io", "transforms"},
@@ -50,7 +51,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "pacs", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
-LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "assets", "cli")
+LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "prompts", "assets", "cli")
 # Tests may invent a private path to show that it is not passed on, but none of these.
 WORKPLACE = re.compile(r"(?<![\w.$}/:<>-])/(?:work|root)/|\.\./shared\b")
 MACHINE_PATH = re.compile(r"(?<![\w.$}/:<>-])/(?:work|root|home|Users|mnt|media)/|\b[A-Z]:\\Users|\.\./shared\b")
