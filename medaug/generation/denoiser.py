@@ -24,7 +24,7 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ConditionalDenoiser:
-    """A `medaug.diffusion.sampler.Denoiser` for images of known class, reference or both.
+    """A `medaug.diffusion.sampler.Denoiser` for images of known class, reference, prompt or several of them.
 
     Args:
         network: in evaluation mode.
@@ -33,6 +33,8 @@ class ConditionalDenoiser:
         features: of the references, (B, C_r, h, w); None for a network without.
         guidance_scale: classifier-free scale on all conditions together, one number or one per image (B,); at 1 the pass without them is
             left out.
+        context: of the prompts, (B, L, D); None for a network without.
+        negative_context: takes the place of the null context in the pass without conditions, (B, L, D); None leaves it.
     """
 
     network: GuidedUNet
@@ -40,6 +42,8 @@ class ConditionalDenoiser:
     labels: Tensor | None = None
     features: Tensor | None = None
     guidance_scale: float | Tensor = 1.0
+    context: Tensor | None = None
+    negative_context: Tensor | None = None
 
     @property
     def passes(self) -> int:
@@ -50,14 +54,17 @@ class ConditionalDenoiser:
         """Run encoder and middle block on x_t (B, C, H, W); `after_block` as for `GuidedUNet.encode`."""
         parameterisation, batch = self.objective.parameterisation, len(x_t)
         level = parameterisation.level(self.objective.schedule, t, self.passes * batch, x_t.device)
-        x, labels, features, keep = x_t, self.labels, self.features, None
+        x, labels, features, keep, context = x_t, self.labels, self.features, None, self.context
         if self.passes == 2:  # first with the conditions, then with the null label and null features
             x = x_t.repeat(2, 1, 1, 1)
             labels = None if labels is None else torch.cat([labels, torch.full_like(labels, int(self.network.num_classes or 0))])
             features = None if features is None else features.repeat(2, 1, 1, 1)
             keep = torch.arange(2 * batch, device=x_t.device) < batch
+            if context is not None:
+                without = self.network.null_context(batch) if self.negative_context is None else self.negative_context
+                context = torch.cat([context, without])
         seen = parameterisation.network_input(x, level.abar)
-        return Query(x, level, self.network.encode(seen, level.time, labels, features, keep, after_block))
+        return Query(x, level, self.network.encode(seen, level.time, labels, features, keep, after_block, context))
 
     def answer(self, query: Query, model_output: Tensor) -> Prediction:
         """Read the decoder's output (B or 2B, C, H, W) and guide: the estimates for B images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -118,6 +118,10 @@ class GuidedSampler:
             "sampler": self.settings(),
         }
 
+    def forget(self) -> None:
+        """Drop what a network of before made of the references."""
+        self.cache.features.clear()
+
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet) -> Tensor:
         """Sample one image per entry.
@@ -130,39 +134,41 @@ class GuidedSampler:
         Returns:
             x_0, shape (B, C, H, W), about [-1, 1].
         """
-        objective = self.objective
-        assert isinstance(objective, NoiseObjective)
-        device = next(network.parameters()).device
-        ids, labels = list(inputs["id"]), None
-        if network.num_classes is not None:
-            labels = torch.as_tensor(inputs["label"], device=device)
+        weight, ids = next(network.parameters()), list(inputs["id"])
         shape = (network.in_channels, *inputs["shape"])
-        features = None
-        if network.with_fusion:
-            features = self.cache(network, list(inputs["reference_id"]), lambda i: inputs["reference"](i).to(device))
 
         def noise(t: int) -> Tensor:
-            return randn_batch(shape, ids, self.seed, "step", t).to(device)
+            return randn_batch(shape, ids, self.seed, "step", t).to(weight.device)
 
         # The start of a variance-preserving process is x_T ~ N(0, I), whatever the schedule's last abar.
-        x_T = randn_batch(shape, ids, self.seed, "start").to(device)  # noqa: N806 - the paper's name
-        denoiser = self._denoiser(network, objective, ids, labels, features)
-        return sample(denoiser, x_T, self.timesteps, self.step_function, schedule=objective.schedule, noise=noise, clip=self.clip)
+        x_T = randn_batch(shape, ids, self.seed, "start").to(weight.device)  # noqa: N806 - the paper's name
+        denoiser = self._perturbed(self.conditional(inputs, network), ids)
+        schedule = self._objective().schedule
+        return sample(denoiser, x_T, self.timesteps, self.step_function, schedule=schedule, noise=noise, clip=self.clip)
 
-    def _denoiser(
-        self, network: GuidedUNet, objective: NoiseObjective, ids: list[str], labels: Tensor | None, features: Tensor | None
-    ) -> Denoiser:
-        conditional = ConditionalDenoiser(network, objective, labels, features, self.guidance_scale)
+    def conditional(self, inputs: Mapping[str, Any], network: GuidedUNet) -> ConditionalDenoiser:
+        """The network with the conditions of a batch; arguments as for a call."""
+        device, labels, features = next(network.parameters()).device, None, None
+        if network.num_classes is not None:
+            labels = torch.as_tensor(inputs["label"], device=device)
+        if network.with_fusion:
+            features = self.cache(network, list(inputs["reference_id"]), lambda i: inputs["reference"](i).to(device))
+        return ConditionalDenoiser(network, self._objective(), labels, features, self.guidance_scale)
 
+    def _perturbed(self, conditional: ConditionalDenoiser, ids: list[str]) -> Denoiser:
         def denoise(x_t: Tensor, t: int) -> Prediction:
             query = conditional.ask(x_t, t)
             h = query.encoded.h
             if self.bottleneck_scale > 0:
                 draw = randn_batch(h.shape[1:], ids, self.seed, "bottleneck", t).to(h)
                 h = bottleneck_noise(h, draw.repeat(conditional.passes, 1, 1, 1), self.bottleneck_scale, self.bottleneck_mode)
-            return conditional.answer(query, network.decode(query.encoded, h))
+            return conditional.answer(query, conditional.network.decode(query.encoded, h))
 
         return denoise
+
+    def _objective(self) -> NoiseObjective:
+        assert isinstance(self.objective, NoiseObjective)
+        return self.objective
 
 
 def make_sampler(objective: NoiseObjective | Mapping[str, Any], settings: Mapping[str, Any], seed: int = 0) -> GuidedSampler:
@@ -172,7 +178,16 @@ def make_sampler(objective: NoiseObjective | Mapping[str, Any], settings: Mappin
         ConfigError: an unknown setting.
     """
     known = {item.name for item in fields(GuidedSampler)} - {"objective", "seed"}
-    unknown = set(settings) - known
+    check_settings(settings, known)
+    return GuidedSampler(objective=objective, seed=seed, **settings)
+
+
+def check_settings(settings: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse sampler settings that are not known.
+
+    Raises:
+        ConfigError: code `setting-unknown`.
+    """
+    unknown = set(settings) - set(known)
     if unknown:
         raise ConfigError("setting-unknown", f"Unknown sampler setting(s) {sorted(unknown)}; known are {sorted(known)}.")
-    return GuidedSampler(objective=objective, seed=seed, **settings)

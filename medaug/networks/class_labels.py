@@ -1,4 +1,4 @@
-"""Class conditioning that the U-Nets share: K classes and one reserved index, NULL = K, for "no class"."""
+"""Conditions that the U-Nets share: K classes with one reserved index, NULL = K, for "no class", and contexts of tokens."""
 
 from __future__ import annotations
 
@@ -34,3 +34,25 @@ def embedded_labels(class_labels: Tensor | None, num_classes: int | None, batch:
             "class-labels-shape", f"class_labels must have shape ({batch},), one per image, got {tuple(class_labels.shape)}."
         )
     return class_labels.to(device=device, dtype=torch.long)
+
+
+def check_context(context: Tensor | None, context_dim: int | None, batch: int) -> None:
+    """Refuse a context that does not fit the network.
+
+    Args:
+        context: (B, L, D), or None.
+        context_dim: D of the network, or None if it was built without a context.
+        batch: B.
+
+    Raises:
+        ConfigError: a context for a network without, none for a network with one, or another shape.
+    """
+    if context_dim is None:
+        if context is not None:
+            raise ConfigError(
+                "context-unexpected", "A context was given to a U-Net that was built without; set conditioning or leave it out."
+            )
+        return
+    if context is None or context.ndim != 3 or (context.shape[0], context.shape[2]) != (batch, context_dim):
+        shape = None if context is None else tuple(context.shape)
+        raise ConfigError("context-shape", f"This U-Net needs a context of shape ({batch}, L, {context_dim}), got {shape}.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medaug.errors import ConfigError
-from medaug.networks.class_labels import embedded_labels
+from medaug.networks.class_labels import check_context, embedded_labels
 
 # `time` runs over 0..999 (discrete steps) or about -1500..1100 (1000 c_noise = 250 ln sigma, Karras et al. 2022, table 1).
 # The longest period holds that range without folding; the shortest is 0.16 in ln sigma, fine enough and still smooth.
@@ -89,12 +89,36 @@ class _Attention(nn.Module):
         return out
 
 
+class _CrossAttention(nn.Module):
+    """Attention of the positions of a map to the tokens of a context (B, L, D), heads as in `_Attention`."""
+
+    def __init__(self, channels: int, context_dim: int) -> None:
+        super().__init__()
+        self.num_heads = max(1, channels // 32) if channels % 32 == 0 else 1
+        self.norm = _group_norm(channels)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key_value = nn.Linear(context_dim, 2 * channels)
+        self.project = _zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        head = (self.num_heads, channels // self.num_heads)
+        q = self.query(self.norm(x)).reshape(batch, *head, height * width).transpose(2, 3)
+        k, v = self.key_value(context).reshape(batch, -1, 2, *head).permute(2, 0, 3, 1, 4).unbind()
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(batch, channels, height, width)
+        out: Tensor = x + self.project(mixed)
+        return out
+
+
 class LeanUNet(nn.Module):
     """U-Net on patches: space-to-depth in front, depth-to-space behind, the noise level as scale and shift everywhere.
 
     The input, as patches, also enters the last convolution, scaled and shifted by the noise level: without that path fine noise
     has to pass the whole network. Residual branches, attention and the last convolution start at zero: a fresh network returns 0.
     The lowest level has no skip connection: everything there passes the middle block.
+
+    A context reaches it twice: its mean over the tokens joins the embedding of the noise level, so that it scales and shifts every level,
+    and the middle block attends to its tokens.
 
     Args:
         in_channels: channels of the noisy image.
@@ -104,6 +128,7 @@ class LeanUNet(nn.Module):
         num_classes: K, giving K + 1 class embeddings with NULL = K; None for a network without classes.
         num_res_blocks: residual blocks per level, down and up.
         dropout: drop probability inside the residual blocks.
+        context_dim: D of a context (B, L, D); None for a network without.
 
     Raises:
         ConfigError: an empty or non-positive setting.
@@ -118,6 +143,7 @@ class LeanUNet(nn.Module):
         num_classes: int | None = None,
         num_res_blocks: int = 1,
         dropout: float = 0.0,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         if not channels or min(*channels, patch, num_res_blocks, in_channels, out_channels) < 1 or not 0 <= dropout < 1:
@@ -127,6 +153,7 @@ class LeanUNet(nn.Module):
                 f"channels {tuple(channels)}, patch {patch}, num_res_blocks {num_res_blocks}, dropout {dropout}.",
             )
         self.in_channels, self.out_channels, self.patch, self.num_classes = in_channels, out_channels, patch, num_classes
+        self.context_dim = context_dim
         self.bottleneck_channels = int(channels[-1])
         self.bottleneck_stride = patch * 2 ** (len(channels) - 1)
         self.num_waves, dim = channels[0] + channels[0] % 2, 4 * channels[0]
@@ -135,6 +162,11 @@ class LeanUNet(nn.Module):
             self.class_embedding = nn.Embedding(num_classes + 1, dim)
             # MLP outputs are small at the start; unit-variance rows would drown the noise level.
             nn.init.normal_(self.class_embedding.weight, std=0.1)
+        if context_dim is not None:
+            self.context_norm = nn.LayerNorm(context_dim)
+            self.context_embed = nn.Linear(context_dim, dim)
+            nn.init.normal_(self.context_embed.weight, std=0.1 / math.sqrt(context_dim))  # as small as a class's
+            self.context_attention = _CrossAttention(channels[-1], context_dim)
 
         def blocks(first: int, width: int) -> nn.ModuleList:
             return nn.ModuleList(_ResidualBlock(first if i == 0 else width, width, dim, dropout) for i in range(num_res_blocks))
@@ -156,14 +188,30 @@ class LeanUNet(nn.Module):
         self.film_input = _Film(dim, in_channels * patch**2)
         self.conv_out = _zeroed(nn.Conv2d(channels[0] + in_channels * patch**2, out_channels * patch**2, 3, padding=1))
 
-    def embed(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embedding (B, 4 * channels[0]) of noise level `time` (B,) and class (B,) in [0, K]; None means NULL = K everywhere."""
+    def embed(self, time: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Embedding (B, 4 * channels[0]) of noise level, class and mean context.
+
+        Args:
+            time: (B,) noise level as the parameterisation tells it.
+            class_labels: (B,) integers in [0, K]; None means NULL = K everywhere.
+            context: (B, L, D) for a network with one.
+
+        Raises:
+            ConfigError: labels or a context that the network was not built for, or none where it needs one.
+        """
         labels = embedded_labels(class_labels, self.num_classes, time.shape[0], time.device)
+        check_context(context, self.context_dim, time.shape[0])
         temb = self.time_embed(noise_level_waves(time, self.num_waves).to(self.stem.weight.dtype))
+        if context is not None:
+            temb = temb + self.context_embed(self.context_norm(context.mean(dim=1)))
         return F.silu(temb if labels is None else temb + self.class_embedding(labels))
 
     def encode(
-        self, x: Tensor, temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        x: Tensor,
+        temb: Tensor,
+        after_block: Callable[[Tensor, int], Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Bottleneck activation (B, bottleneck_channels, H / stride, W / stride) and skips: input patches, then one per level.
 
@@ -171,6 +219,7 @@ class LeanUNet(nn.Module):
             x: noisy images (B, in_channels, H, W).
             temb: of `embed`.
             after_block: (output of a level, its index from 0) -> what takes its place, also in the skip.
+            context: not used here: `embed` and `middle` take it in.
 
         Raises:
             ConfigError: H or W is no multiple of `bottleneck_stride`.
@@ -195,13 +244,21 @@ class LeanUNet(nn.Module):
                 h = after_block(h, level)
         return h, skips
 
-    def middle(self, h: Tensor, temb: Tensor) -> Tensor:
-        """Residual block, attention, residual block at the lowest level, shape unchanged."""
-        out: Tensor = self.middle_after(self.middle_attention(self.middle_before(h, temb)), temb)
+    def middle(self, h: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
+        """Residual block, attention, attention to a context, residual block at the lowest level, shape unchanged."""
+        h = self.middle_attention(self.middle_before(h, temb))
+        if context is not None:
+            h = self.context_attention(h, context)
+        out: Tensor = self.middle_after(h, temb)
         return out
 
     def decode(
-        self, h: Tensor, skips: list[Tensor], temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        h: Tensor,
+        skips: list[Tensor],
+        temb: Tensor,
+        after_block: Callable[[Tensor, int], Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was.
 
@@ -210,6 +267,7 @@ class LeanUNet(nn.Module):
             skips: of `encode`.
             temb: of `embed`.
             after_block: (output of a level, its index from the lowest, 0) -> what takes its place.
+            context: not used here.
         """
         for level, (grow, blocks, skip) in enumerate(zip(self.grow, self.up_blocks, skips[:0:-1], strict=True)):
             h = torch.cat([F.interpolate(grow(h), scale_factor=2.0, mode="nearest"), skip], dim=1)
@@ -220,8 +278,8 @@ class LeanUNet(nn.Module):
         h = F.silu(self.film_out(self.norm_out(h), temb))
         return F.pixel_shuffle(self.conv_out(torch.cat([h, self.film_input(skips[0], temb)], dim=1)), self.patch)
 
-    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Prediction (B, out_channels, H, W) for noisy images `x` (B, in_channels, H, W) at noise level `time` (B,)."""
-        temb = self.embed(time, class_labels)
+        temb = self.embed(time, class_labels, context)
         h, skips = self.encode(x, temb)
-        return self.decode(self.middle(h, temb), skips, temb)
+        return self.decode(self.middle(h, temb, context), skips, temb)

@@ -8,7 +8,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet, get_tim
 from torch import Tensor
 
 from medaug.errors import ConfigError
-from medaug.networks.class_labels import embedded_labels
+from medaug.networks.class_labels import check_context, embedded_labels
 
 
 class MonaiUNet(DiffusionModelUNet):
@@ -29,6 +29,7 @@ class MonaiUNet(DiffusionModelUNet):
         resblock_updown: residual blocks for down- and up-sampling.
         include_fc: final linear layer in each attention; False for weights of the old `generative` package.
         use_flash_attention: torch's fused attention.
+        context_dim: D of a context (B, L, D) that the levels with attention and the middle block attend to; None for a network without.
         spatial_dims: 2 for images (B, C, H, W), 3 for volumes (B, C, H, W, D).
 
     Raises:
@@ -49,6 +50,7 @@ class MonaiUNet(DiffusionModelUNet):
         include_fc: bool = True,
         use_flash_attention: bool = False,
         spatial_dims: int = 2,
+        context_dim: int | None = None,
     ) -> None:
         levels = len(channels)
         if attention_levels is None:
@@ -67,6 +69,8 @@ class MonaiUNet(DiffusionModelUNet):
                 resblock_updown=resblock_updown,
                 include_fc=include_fc,
                 use_flash_attention=use_flash_attention,
+                with_conditioning=context_dim is not None,
+                cross_attention_dim=context_dim,
             )
         # MONAI answers num_head_channels 0 at the lowest level with a ZeroDivisionError.
         except (ValueError, ZeroDivisionError) as error:
@@ -76,19 +80,25 @@ class MonaiUNet(DiffusionModelUNet):
                 f"num_head_channels {num_head_channels}: {error}; each width must be a multiple of both.",
             ) from error
         self.num_classes = num_classes
+        self.context_dim = context_dim
         self.bottleneck_channels = int(channels[-1])
         self.bottleneck_stride = 2 ** (levels - 1)
 
-    def embed(self, time: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def embed(self, time: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Embedding of noise level and class.
 
         Args:
             time: (B,) the noise level as the parameterisation tells it; whole or fractional.
             class_labels: (B,) integers in [0, K], K = NULL; None means NULL everywhere.
+            context: (B, L, D); only checked here, MONAI's network takes it in by attention alone.
 
         Returns:
             (B, 4 * channels[0]).
+
+        Raises:
+            ConfigError: labels or a context that the network was not built for, or none where it needs one.
         """
+        check_context(context, self.context_dim, time.shape[0])
         labels = embedded_labels(class_labels, self.num_classes, time.shape[0], time.device)
         temb: Tensor = self.time_embed(
             get_timestep_embedding(time, self.block_out_channels[0]).to(next(self.time_embed.parameters()).dtype)
@@ -96,7 +106,11 @@ class MonaiUNet(DiffusionModelUNet):
         return temb if labels is None else temb + self.class_embedding(labels)
 
     def encode(
-        self, x: Tensor, temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        x: Tensor,
+        temb: Tensor,
+        after_block: Callable[[Tensor, int], Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Bottleneck activation (B, bottleneck_channels, H / stride, W / stride) and the skip connections, first to last.
 
@@ -104,24 +118,30 @@ class MonaiUNet(DiffusionModelUNet):
             x: noisy images (B, in_channels, H, W).
             temb: of `embed`.
             after_block: (output of a down block, its index from 0) -> what takes its place, also in the skip.
+            context: (B, L, D) for a network with one.
         """
         h = self.conv_in(x)
         skips = [h]
         for level, block in enumerate(self.down_blocks):
-            h, block_skips = block(hidden_states=h, temb=temb, context=None)
+            h, block_skips = block(hidden_states=h, temb=temb, context=context)
             if after_block is not None:
                 h = after_block(h, level)
                 block_skips = [*block_skips[:-1], h]  # a down block's last skip is its output
             skips.extend(block_skips)
         return h, skips
 
-    def middle(self, h: Tensor, temb: Tensor) -> Tensor:
+    def middle(self, h: Tensor, temb: Tensor, context: Tensor | None = None) -> Tensor:
         """The middle block, shape unchanged."""
-        out: Tensor = self.middle_block(hidden_states=h, temb=temb, context=None)
+        out: Tensor = self.middle_block(hidden_states=h, temb=temb, context=context)
         return out
 
     def decode(
-        self, h: Tensor, skips: list[Tensor], temb: Tensor, after_block: Callable[[Tensor, int], Tensor] | None = None
+        self,
+        h: Tensor,
+        skips: list[Tensor],
+        temb: Tensor,
+        after_block: Callable[[Tensor, int], Tensor] | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Prediction (B, out_channels, H, W) from the middle block's output; `skips` is left as it was.
 
@@ -130,19 +150,22 @@ class MonaiUNet(DiffusionModelUNet):
             skips: of `encode`.
             temb: of `embed`.
             after_block: (output of an up block, its index from the lowest, 0) -> what takes its place.
+            context: as for `encode`.
         """
         end = len(skips)
         for level, block in enumerate(self.up_blocks):
             start = end - len(block.resnets)  # type: ignore[arg-type]
-            h = block(hidden_states=h, res_hidden_states_list=skips[start:end], temb=temb, context=None)
+            h = block(hidden_states=h, res_hidden_states_list=skips[start:end], temb=temb, context=context)
             if after_block is not None:
                 h = after_block(h, level)
             end = start
         out: Tensor = self.out(h)
         return out
 
-    def forward(self, x: Tensor, time: Tensor, class_labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, time: Tensor, class_labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Prediction (B, out_channels, H, W) for noisy images `x` (B, in_channels, H, W) at noise level `time` (B,)."""
-        temb = self.embed(time, class_labels)
-        h, skips = self.encode(x, temb)
-        return self.decode(self.middle(h, temb), skips, temb)
+        temb = self.embed(time, class_labels, context)
+        h, skips = self.encode(x, temb, context=context)
+        return self.decode(self.middle(h, temb, context), skips, temb, context=context)

@@ -17,6 +17,7 @@ from medaug.diffusion.schedule import NoiseSchedule, make_schedule
 from medaug.draws import randn_batch, torch_generator
 from medaug.errors import ConfigError
 from medaug.networks.guided_unet import GuidedUNet
+from medaug.prompts import Prompts
 from medaug.training.data import keep_mask
 from medaug.training.ema import ExponentialMovingAverage
 
@@ -58,10 +59,12 @@ class GuidedIteration:
         seed: first part of every key.
         label_loss_weight: lambda, 0.1 as published.
         condition_dropout: share of images whose reference features become the null feature, per image.
-        label_dropout: share of images whose class becomes NULL, per image (classifier-free guidance). The same draw
-            decides on the reference, so that guidance finds a network that knows both conditions gone.
+        label_dropout: share of images whose class becomes NULL, or whose context becomes the null context, per image
+            (classifier-free guidance). The same draw decides on the reference, so that guidance finds a network that knows
+            all conditions gone.
         bottleneck_noise_train: relative scale of Gaussian noise on the bottleneck while training; 0 is off.
         max_gradient_norm: clip.
+        prompts: what a network that reads texts is told of each image, drawn anew each time; None for other networks.
     """
 
     ema: ExponentialMovingAverage
@@ -72,6 +75,7 @@ class GuidedIteration:
     label_dropout: float = 0.0
     bottleneck_noise_train: float = 0.0
     max_gradient_norm: float = 1.0
+    prompts: Prompts | None = None
 
     def __call__(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         """Take one optimiser step. Returns the losses of the step.
@@ -136,9 +140,12 @@ def guided_losses(
     noise = randn_batch(images.shape[1:], keys, step.seed, "noise").to(device)
     level = objective.draw(step.seed, "level", keys, device)
     conditioned: Callable[..., Tensor] = network
+    keep_label = keep_mask(step.label_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
+    if network.condition_encoder is not None:
+        conditions = drawn_prompts(step, labels, keys) if network.takes_text else labels
+        conditioned = partial(conditioned, context=network.context(conditions, keep_label))
     if network.num_classes is not None:
-        keep_label = keep_mask(step.label_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
-        conditioned = partial(network, class_labels=torch.where(keep_label, labels, network.num_classes))
+        conditioned = partial(conditioned, class_labels=torch.where(keep_label, labels, network.num_classes))
     loss_label = torch.zeros((), device=device)
     if network.with_fusion:
         features, logits = network.reference(batch["reference"].to(device))
@@ -148,6 +155,19 @@ def guided_losses(
     if step.bottleneck_noise_train > 0:
         conditioned = partial(conditioned, perturb=_training_perturbation(step, keys))
     return {"loss_noise": objective(images, conditioned, noise=noise, level=level).mean(), "loss_label": loss_label}
+
+
+def drawn_prompts(step: GuidedIteration, labels: Tensor, keys: list[tuple[int, int]]) -> list[str]:
+    """One prompt per image for its label, keyed by (seed, iteration, position).
+
+    Raises:
+        ConfigError: the iteration was given no prompts.
+    """
+    if step.prompts is None:
+        raise ConfigError(
+            "prompts-missing", "This network reads texts; give the iteration prompts (medaug.prompts.make_prompts)."
+        )
+    return [step.prompts.prompt(int(label), step.seed, *key) for label, key in zip(labels, keys, strict=True)]
 
 
 def _training_perturbation(step: GuidedIteration, keys: list[tuple[int, int]]) -> Callable[[Tensor], Tensor]:

@@ -113,8 +113,13 @@ def read_run(folder: Path) -> RunRecord:
         ) from error
 
 
-def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str] | None = None) -> nn.Module:
-    """The trained network of a run, in evaluation mode.
+def load_network(
+    folder: Path,
+    record: RunRecord,
+    expected_classes: Sequence[str] | None = None,
+    text_encoder_dir: str | Path | None = None,
+) -> nn.Module:
+    """The trained network of a run, in evaluation mode; `text_encoder_dir` as for `build_guided_unet`.
 
     Raises:
         ConfigError: other classes than expected; weights that are truncated, pickled, not finite, of another network
@@ -130,7 +135,7 @@ def load_network(folder: Path, record: RunRecord, expected_classes: Sequence[str
         raise ConfigError("run-malformed", f"{RUN_FILE} does not say how its network is built; train again.")
     if settings.get("reference"):  # the start weights are in the trained ones; their file may be gone
         settings["reference"] = {**settings["reference"], "pretrained_path": None}
-    network = build_guided_unet(settings, in_channels=record.channels, num_classes=len(record.classes))
+    network = build_guided_unet(settings, record.channels, len(record.classes), text_encoder_dir)
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")

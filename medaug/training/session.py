@@ -170,8 +170,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def new_network(settings: Mapping[str, Any], cohort: Cohort, seed: int) -> GuidedUNet:
-    """A network with random weights that depend on the seed alone; see `build_guided_unet` for `settings`.
+def new_network(settings: Mapping[str, Any], cohort: Cohort, seed: int, text_encoder_dir: str | Path | None = None) -> GuidedUNet:
+    """A network with random weights that depend on the seed alone; see `build_guided_unet` for `settings` and `text_encoder_dir`.
 
     Raises:
         ConfigError: settings that cannot be built, or with a level that sees neither noise level nor class.
@@ -179,7 +179,7 @@ def new_network(settings: Mapping[str, Any], cohort: Cohort, seed: int) -> Guide
     refuse_blind_levels(settings)
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.manual_seed(key_seed(seed, "weights"))
-        return build_guided_unet(settings, in_channels=cohort.channels, num_classes=len(cohort.classes))
+        return build_guided_unet(settings, cohort.channels, len(cohort.classes), text_encoder_dir)
 
 
 def choose_device(name: str = "auto") -> torch.device:
