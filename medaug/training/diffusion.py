@@ -140,12 +140,13 @@ def guided_losses(
     noise = randn_batch(images.shape[1:], keys, step.seed, "noise").to(device)
     level = objective.draw(step.seed, "level", keys, device)
     conditioned: Callable[..., Tensor] = network
-    keep_label = keep_mask(step.label_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
-    if network.condition_encoder is not None:
-        conditions = drawn_prompts(step, labels, keys) if network.takes_text else labels
-        conditioned = partial(conditioned, context=network.context(conditions, keep_label))
-    if network.num_classes is not None:
-        conditioned = partial(conditioned, class_labels=torch.where(keep_label, labels, network.num_classes))
+    if network.num_classes is not None or network.condition_encoder is not None:
+        keep = keep_mask(step.label_dropout, [(step.seed, "drop", *key) for key in keys]).to(device)
+        if network.condition_encoder is not None:
+            conditions = drawn_prompts(step, labels, keys) if network.takes_text else labels
+            conditioned = partial(conditioned, context=network.context(conditions, keep))
+        if network.num_classes is not None:
+            conditioned = partial(conditioned, class_labels=torch.where(keep, labels, network.num_classes))
     loss_label = torch.zeros((), device=device)
     if network.with_fusion:
         features, logits = network.reference(batch["reference"].to(device))
