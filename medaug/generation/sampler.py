@@ -118,10 +118,6 @@ class GuidedSampler:
             "sampler": self.settings(),
         }
 
-    def forget(self) -> None:
-        """Drop what a network of before made of the references."""
-        self.cache.features.clear()
-
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], network: GuidedUNet) -> Tensor:
         """Sample one image per entry.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medaug import storage
 from medaug.errors import ConfigError
+from medaug.training.best import BestNetwork
 from medaug.training.ema import ExponentialMovingAverage
 
 FILE_NAME = "checkpoint.safetensors"
@@ -22,40 +23,59 @@ FILE_NAME = "checkpoint.safetensors"
 
 @dataclass
 class TrainingState:
-    """What a run needs to go on as if it had never stopped."""
+    """What a run needs to go on as if it had never stopped.
+
+    Attributes:
+        network, ema, optimizer: what is trained, its average, and how.
+        scheduler: of the learning rate; None for a constant one.
+        adversary, adversary_optimizer: a network that is trained against it, such as the critic of a GAN.
+        best: the best average so far; None when the last one is what the run is for.
+    """
 
     network: nn.Module
     ema: ExponentialMovingAverage
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    adversary: nn.Module | None = None
+    adversary_optimizer: torch.optim.Optimizer | None = None
+    best: BestNetwork | None = None
+
+    @property
+    def chosen(self) -> nn.Module:
+        """The network that the run is for."""
+        return self.ema.network if self.best is None else self.best.network
+
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks, by their name in a checkpoint."""
+        found = {"network": self.network, "ema": self.ema.network}
+        found |= {} if self.adversary is None else {"adversary": self.adversary}
+        return found | ({} if self.best is None else {"best": self.best.network})
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """All optimizers, by the prefix of their names in a checkpoint."""
+        return {"": self.optimizer} | ({} if self.adversary_optimizer is None else {"adversary_": self.adversary_optimizer})
 
 
 def save_checkpoint(path: Path, state: TrainingState, *, epoch: int, iteration: int, config_sha256: str) -> None:
-    """Write network, EMA, optimiser, schedule, epoch, iteration and random state atomically.
+    """Write networks, optimisers, schedule, epoch, iteration and random state atomically.
 
     Every draw of training is keyed by (seed, iteration), so the data order is the iteration number; the state of
     torch's global generator is kept for networks that use it.
     """
-    tensors = {f"network/{name}": value for name, value in state.network.state_dict().items()}
-    tensors |= {f"ema/{name}": value for name, value in state.ema.network.state_dict().items()}
-    optimizer = state.optimizer.state_dict()
-    plain: dict[str, dict[str, Any]] = {}
-    for index, slots in optimizer["state"].items():
-        for slot, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{slot}"] = value
-            else:
-                plain.setdefault(str(index), {})[slot] = value
+    tensors = {f"{part}/{name}": value for part, module in state.networks().items() for name, value in module.state_dict().items()}
     tensors["random/torch"] = torch.get_rng_state()
-    header = {
+    header: dict[str, Any] = {
         "epoch": epoch,
         "iteration": iteration,
         "ema_updates": state.ema.num_updates,
-        "param_groups": optimizer["param_groups"],
-        "optimizer": plain,
-        "scheduler": _plain(state.scheduler.state_dict()),
+        "scheduler": None if state.scheduler is None else _plain(state.scheduler.state_dict()),
+        "best": None if state.best is None else [state.best.figure, state.best.iteration],
         "config_sha256": config_sha256,
     }
+    for prefix, optimizer in state.optimizers().items():
+        found, plain = _optimizer_parts(optimizer)
+        tensors |= {f"{prefix}optimizer/{name}": value for name, value in found.items()}
+        header |= {f"{prefix}param_groups": optimizer.state_dict()["param_groups"], f"{prefix}optimizer": plain}
     data = safetensors.torch.save(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
         metadata={"medaug": json.dumps(header)},
@@ -83,8 +103,8 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
             "The output folder holds a run with other settings or another cohort; repeat its settings or choose another output folder.",
         )
     try:
-        state.network.load_state_dict(_part(tensors, "network/"))
-        state.ema.network.load_state_dict(_part(tensors, "ema/"))
+        for part, module in state.networks().items():
+            module.load_state_dict(_part(tensors, f"{part}/"))
     except RuntimeError as error:
         raise ConfigError(
             "checkpoint-other-network", f"{path.name} belongs to another network; choose another output folder."
@@ -100,15 +120,32 @@ def load_checkpoint(path: Path, state: TrainingState, *, config_sha256: str) -> 
 def _restore(header: Mapping[str, Any], tensors: Mapping[str, Tensor], state: TrainingState) -> tuple[int, int]:
     """Everything but the networks' weights. Returns (epoch, iteration)."""
     state.ema.num_updates = header["ema_updates"]
-    slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["optimizer"].items()}
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    for name, value in _part(tensors, "optimizer/").items():
-        index, slot = name.split("/", 1)
-        slots.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
-    state.optimizer.load_state_dict({"state": slots, "param_groups": header["param_groups"]})
-    state.scheduler.load_state_dict(header["scheduler"])
+    for prefix, optimizer in state.optimizers().items():
+        slots: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header[f"{prefix}optimizer"].items()}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, value in _part(tensors, f"{prefix}optimizer/").items():
+            index, slot = name.split("/", 1)
+            slots.setdefault(int(index), {})[slot] = _laid_out_like(parameters[int(index)], value)
+        optimizer.load_state_dict({"state": slots, "param_groups": header[f"{prefix}param_groups"]})
+    if state.scheduler is not None:
+        state.scheduler.load_state_dict(header["scheduler"])
+    if state.best is not None:
+        state.best.figure, state.best.iteration = header["best"]
     torch.set_rng_state(tensors["random/torch"])
     return int(header["epoch"]), int(header["iteration"])
+
+
+def _optimizer_parts(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """An optimiser's state: tensors by "index/slot", and what is no tensor by index and slot."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{slot}"] = value
+            else:
+                plain.setdefault(str(index), {})[slot] = value
+    return tensors, plain
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
 
     def _case(self, place: int) -> int:
         epoch, offset = divmod(place, self.num_cases)
-        return int(_permutation(self.seed, epoch, self.num_cases)[offset])
+        return int(permutation((self.seed,), epoch, self.num_cases)[offset])
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         iteration = self.next_iteration
@@ -160,9 +160,12 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
         return -(-self.num_cases // self.batch_size)
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return numpy_generator(seed, "order", epoch).permutation(size)
+@lru_cache(maxsize=64)
+def permutation(key: tuple[int, ...], epoch: int, size: int) -> np.ndarray:
+    """The order of `size` cases in one pass over them, (size,) int64, read-only; `key` and `epoch` decide it."""
+    order = numpy_generator(*key, "order", epoch).permutation(size)
+    order.setflags(write=False)
+    return order
 
 
 def keep_mask(probability: float, keys: Sequence[tuple[object, ...]]) -> Tensor:

@@ -107,11 +107,7 @@ def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) ->
     Raises:
         ConfigError: the loss is not finite (code `training-diverged`).
     """
-    if not torch.isfinite(total):
-        raise ConfigError(
-            "training-diverged",
-            f"The loss is {float(total.detach())} at iteration {iteration}; lower learning_rate and start again.",
-        )
+    refuse_divergence(total, iteration)
     network = engine.network
     engine.optimizer.zero_grad(set_to_none=True)
     total.backward()
@@ -124,6 +120,19 @@ def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) ->
         "gradient_norm": float(norm),
         "learning_rate": float(step.scheduler.get_last_lr()[0]),
     }
+
+
+def refuse_divergence(loss: Tensor, iteration: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        ConfigError: code `training-diverged`.
+    """
+    if not torch.isfinite(loss):
+        raise ConfigError(
+            "training-diverged",
+            f"The loss is {float(loss.detach())} at iteration {iteration}; lower learning_rate and start again.",
+        )
 
 
 def guided_losses(

@@ -125,17 +125,37 @@ def load_network(
         ConfigError: other classes than expected; weights that are truncated, pickled, not finite, of another network
             or not the ones the record names.
     """
-    if expected_classes is not None and tuple(expected_classes) != tuple(record.classes):
-        raise ConfigError(
-            "class-mismatch",
-            f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}.",
-        )
+    refuse_other_classes(record, expected_classes)
     settings = dict(record.settings.get("network") or {})
     if not settings:
         raise ConfigError("run-malformed", f"{RUN_FILE} does not say how its network is built; train again.")
     if settings.get("reference"):  # the start weights are in the trained ones; their file may be gone
         settings["reference"] = {**settings["reference"], "pretrained_path": None}
     network = build_guided_unet(settings, record.channels, len(record.classes), text_encoder_dir)
+    load_run_weights(folder, record, network)
+    return network.eval()
+
+
+def refuse_other_classes(record: RunRecord, expected_classes: Sequence[str] | None) -> None:
+    """Refuse a run for other classes than expected; None expects nothing.
+
+    Raises:
+        ConfigError: code `class-mismatch`.
+    """
+    if expected_classes is not None and tuple(expected_classes) != tuple(record.classes):
+        raise ConfigError(
+            "class-mismatch",
+            f"The run was trained for {len(record.classes)} classes {list(record.classes)}, the cohort has {list(expected_classes)}.",
+        )
+
+
+def load_run_weights(folder: Path, record: RunRecord, network: nn.Module) -> None:
+    """Load the weights of a run into a network that was built from its settings.
+
+    Raises:
+        DataError: no weights.  ConfigError: weights that are truncated, pickled, not finite, of another network or not the ones the
+            record names.
+    """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")
@@ -145,4 +165,3 @@ def load_network(
             "weights-changed",
             f"{WEIGHTS_FILE} is not the file that {RUN_FILE} names (sha256 differs); restore it or train again.",
         )
-    return network.eval()

@@ -24,6 +24,7 @@ from medaug.training.data import KeyedBatches
 from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE, RunRecord, new_record, read_run, write_run
 
 Preview = Callable[[Any], np.ndarray]
+Measure = Callable[[Any], Mapping[str, float | None]]
 
 
 @dataclass
@@ -42,6 +43,8 @@ class TrainingSession:
         checkpoint_every: epochs between checkpoints; 0 is only at the end.
         preview: draws a sheet of samples of the averaged network beside their references.
         preview_every: epochs between previews; 0 is never.
+        measure: figures of the averaged network; the first decides which one is kept, if the state has a `best`.
+        measure_every: epochs between measurements; 0 is never, and the last network is kept.
         tracking: keyword arguments of `medaug.tracking.track`.
     """
 
@@ -56,6 +59,8 @@ class TrainingSession:
     checkpoint_every: int = 1
     preview: Preview | None = None
     preview_every: int = 0
+    measure: Measure | None = None
+    measure_every: int = 0
     tracking: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self) -> RunRecord:
@@ -82,7 +87,7 @@ class TrainingSession:
             with track("training", name=f"training {self.bundle} {record.config_sha256[:8]}", **self.tracking) as run:
                 self._describe(run, record)
                 self._train(run, record, epoch, iteration)
-                record = write_run(folder, record, self.state.ema.network, int(self.trainer.state.iteration))
+                record = write_run(folder, record, self.state.chosen, int(self.trainer.state.iteration))
                 run.log_model(folder / WEIGHTS_FILE, self.bundle, {"weights_sha256": record.weights_sha256})
         return record
 
@@ -140,9 +145,21 @@ class TrainingSession:
             sheet = self.preview(self.state.ema.network)
             write_unit_png(Path(self.output_dir) / "samples" / f"epoch_{epoch:04d}.png", sheet)
             run.log_image(sheet, "samples", step=epoch)
+        self._measure(run, epoch, iteration, last)
         if last or (self.checkpoint_every and epoch % self.checkpoint_every == 0):
             path = Path(self.output_dir) / "checkpoint" / FILE_NAME
             save_checkpoint(path, self.state, epoch=epoch, iteration=iteration, config_sha256=record.config_sha256)
+
+
+    def _measure(self, run: Run, epoch: int, iteration: int, last: bool) -> None:
+        """Measure the averaged network when it is time, and keep it if it is the best."""
+        figures: dict[str, float | None] = {}
+        if self.measure is not None and self.measure_every and (last or epoch % self.measure_every == 0):
+            figures = dict(self.measure(self.state.ema.network))
+        if self.state.best is not None and (figures or last):
+            self.state.best.offer(self.state.ema.network, next(iter(figures.values()), None), iteration)
+            figures["best_iteration"] = float(self.state.best.iteration)
+        run.log_metrics(figures, step=iteration)
 
 
 class EpochMeans:

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from medaug import storage
 from medaug.cohort import Case, Cohort
 from medaug.diffusion.parameterisation import add_noise
 from medaug.diffusion.schedule import NoiseSchedule
 from medaug.draws import key_seed, numpy_generator, randn_batch, torch_generator
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.networks.time_classifier import TimeClassifier, build_time_classifier
-from medaug.networks.weights import load_weights
 from medaug.training.data import jitter, read_case
 from medaug.training.diffusion import optimise
 from medaug.training.ema import ExponentialMovingAverage
-from medaug.training.run_folder import WEIGHTS_FILE, RunRecord
+from medaug.training.run_folder import RunRecord, load_run_weights
 
 QUARTILES = 4
 SETTINGS = "classifier"  # where a run's settings say how the network is built
@@ -161,12 +159,5 @@ def load_time_classifier(folder: Path, record: RunRecord, cohort: Cohort) -> Tim
     if SETTINGS not in record.settings:
         raise ConfigError("run-malformed", f"The run {Path(folder).name} does not hold a classifier of noisy images.")
     network = build_time_classifier(record.settings[SETTINGS], record.channels, len(record.classes), record.image_size)
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise DataError("weights-missing", f"{WEIGHTS_FILE} is missing from {Path(folder).name}; train again.")
-    load_weights(path, network, {"num_classes": str(len(record.classes))})
-    if storage.sha256_file(path) != record.weights_sha256:
-        raise ConfigError(
-            "weights-changed", f"{WEIGHTS_FILE} is not the file that the run names (sha256 differs); restore it or train again."
-        )
+    load_run_weights(folder, record, network)
     return network.eval().requires_grad_(False)
