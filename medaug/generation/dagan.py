@@ -38,7 +38,12 @@ class DaganSampler:
 
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""
-        return {"guidance": {}, "noise": {"latent": "standard normal", "variation": planned.variation}, "sampler": self.settings()}
+        return {
+            "guidance": {},
+            "noise": {"latent": "standard normal"},
+            "sampler": self.settings(),
+            "variation": planned.variation,
+        }
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], network: DaganGenerator) -> Tensor:

@@ -34,7 +34,9 @@ class PreviewSheet:
 
     def __call__(self, network: Any) -> np.ndarray:
         """The sheet as a unit image: (2 * classes * size, per_class * size[, 3])."""
-        sampler: Callable[[Mapping[str, Any], Any], Tensor] = replace(self.sampler)  # remembers nothing: the network has learnt since
+        sampler: Callable[[Mapping[str, Any], Any], Tensor] = replace(
+            self.sampler
+        )  # remembers nothing: the network has learnt since
         present = {case.label for case in self.cohort.training if not case.is_synthetic}
         counts = [self.per_class if label in present else 0 for label in range(len(self.cohort.classes))]
         plan = make_plan(self.cohort, counts, self.seed, "preview")

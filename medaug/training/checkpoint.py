@@ -62,7 +62,9 @@ def save_checkpoint(path: Path, state: TrainingState, *, epoch: int, iteration: 
     Every draw of training is keyed by (seed, iteration), so the data order is the iteration number; the state of
     torch's global generator is kept for networks that use it.
     """
-    tensors = {f"{part}/{name}": value for part, module in state.networks().items() for name, value in module.state_dict().items()}
+    tensors = {
+        f"{part}/{name}": value for part, module in state.networks().items() for name, value in module.state_dict().items()
+    }
     tensors["random/torch"] = torch.get_rng_state()
     header: dict[str, Any] = {
         "epoch": epoch,

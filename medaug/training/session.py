@@ -150,7 +150,6 @@ class TrainingSession:
             path = Path(self.output_dir) / "checkpoint" / FILE_NAME
             save_checkpoint(path, self.state, epoch=epoch, iteration=iteration, config_sha256=record.config_sha256)
 
-
     def _measure(self, run: Run, epoch: int, iteration: int, last: bool) -> None:
         """Measure the averaged network when it is time, and keep it if it is the best."""
         figures: dict[str, float | None] = {}
