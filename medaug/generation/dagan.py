@@ -58,7 +58,8 @@ class DaganSampler:
         """
         ids, weight = list(inputs["id"]), next(network.parameters())
         x = torch.stack([inputs["reference"](i) for i in range(len(ids))]).to(weight)
-        return network(x, randn_batch((network.latent_dim,), ids, self.seed, "latent").to(weight))
+        images: Tensor = network(x, randn_batch((network.latent_dim,), ids, self.seed, "latent").to(weight))
+        return images
 
 
 @dataclass

@@ -46,7 +46,8 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.leaky_relu(self.norm1(x), SLOPE))
         h = F.dropout(F.leaky_relu(self.norm2(h), SLOPE), self.dropout, self.training)
         side = x if self.stride == 1 else F.avg_pool2d(x, self.stride)
-        return self.conv2(h) + self.shortcut(side)
+        made: Tensor = self.conv2(h) + self.shortcut(side)
+        return made
 
 
 class _Trunk(nn.Module):
@@ -85,7 +86,7 @@ class DaganGenerator(nn.Module):
         in_channels: C of the images.
         image_size: side in pixels, a multiple of ``patch * 2 ** (len(channels) - 1)``.
         channels: width of each level, L levels; the bottleneck's side is ``image_size / patch / 2 ** (L - 1)``.
-        patch: side of the pixel blocks that become channels in front (and pixels again behind); 1 is none.
+        patch: side of the pixel blocks that become channels in front, enlarged again behind; 1 is none.
         num_res_blocks: residual blocks per level of the encoder, and of the decoder.
         latent_dim: length of z.
         latent_channels: maps that z becomes at each scale.
@@ -130,8 +131,9 @@ class DaganGenerator(nn.Module):
             blocks = [ResidualBlock(width if i else incoming, width, nn.BatchNorm2d, 1, dropout) for i in range(num_res_blocks)]
             self.decoder.append(nn.Sequential(*blocks))
             before = width
-        self.norm_out = nn.BatchNorm2d(before)
-        self.out = nn.Conv2d(before, in_channels * patch**2, 3, padding=1)
+        # Pixels are enlarged and convolved: blocks shuffled back into pixels leave the mesh of their blocks on an image.
+        self.norm_out, self.fine = nn.BatchNorm2d(before), nn.Conv2d(before, max(1, before // 2), 3, padding=1)
+        self.out = nn.Conv2d(max(1, before // 2), in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1].
@@ -158,7 +160,9 @@ class DaganGenerator(nn.Module):
                 parts.append(self.projections[str(level)](z))
             h = blocks(torch.cat(parts, dim=1))
         assert h is not None
-        return F.pixel_shuffle(self.out(F.leaky_relu(self.norm_out(h), SLOPE)), self.patch).tanh()
+        h = F.interpolate(F.leaky_relu(self.norm_out(h), SLOPE), scale_factor=float(self.patch))
+        made: Tensor = self.out(F.leaky_relu(self.fine(h), SLOPE)).tanh()
+        return made
 
 
 class DaganCritic(nn.Module):
