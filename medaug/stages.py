@@ -124,6 +124,9 @@ def grade_arms(
     synthetic_per_real: float | None = None,
     allocation: str = "as_generated",
     amst: Mapping[str, Any] | None = None,
+    real_fraction: float = 1.0,
+    sources: Sequence[str] = (),
+    allow_untrusted: bool = False,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
@@ -151,6 +154,9 @@ def grade_arms(
             synthetic_per_real=synthetic_per_real,
             allocation=allocation,
             amst=amst,
+            real_fraction=real_fraction,
+            sources=sources,
+            allow_untrusted=allow_untrusted,
             progress=True,
             command=command,
             tracking=run,

@@ -138,17 +138,37 @@ def grade(
     out: OutOption,
     arm: Annotated[
         list[str],
-        typer.Option(help="none, crop_rotate, oversample, NAME=FOLDER of accepted images, NAME=FOLDER:amst; repeatable."),
+        typer.Option(
+            help="none, crop_rotate, oversample, NAME=FOLDER of accepted images, NAME=FOLDER:amst, 'NAME=FOLDER + FOLDER', a cell "
+            "such as orig50+syn1_50; repeatable."
+        ),
     ],
     networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     profile: Annotated[str, typer.Option("--profile", help="Training recipe, the same for every arm.")] = "cpu32",
     per_real: Annotated[float | None, typer.Option(help="Synthetic images per real one; default: all.")] = None,
     allocation: Annotated[str, typer.Option(help="Their classes: as_generated, proportional or balance.")] = "as_generated",
+    source: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of synthetic images that cells and mixed arms call NAME; repeatable.")
+    ] = None,
+    real_fraction: Annotated[
+        float, typer.Option(help="Part of the real training images that every arm keeps, in (0, 1]; stratified, whole groups.")
+    ] = 1.0,
+    allow_untrusted: Annotated[
+        bool, typer.Option("--allow-untrusted", help="Accept images whose maker may have seen the test patients.")
+    ] = False,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what each arm does to classifiers on real test images, with intervals and a verdict.
+
+    A mixed arm is NAME=TERM + TERM, with blanks around the plus. A term is a folder, the NAME of a --source, rot or vflip (turned
+    or mirrored copies of the real images), real, or no-real. Options follow a question mark: real?fraction=0.5&share=0.5,
+    FOLDER?per_real=1&allocation=balance&share=0.25&weight=0.5, FOLDER?counts=10/20/30. share is of every batch, weight is in the
+    loss. Without the term real all real images are there. The cells orig100, orig+syn1, orig+syn2, orig+syn1+syn2, orig50,
+    orig50+syn1_50, orig50+syn2_50, syn1, syn2, orig50+rot, orig50+vflip need --source syn1=FOLDER and --source syn2=FOLDER.
+
+    Example: medaug grade --cohort runs/cohort --out runs/mix --arm none --arm "half=real?fraction=0.5 + runs/accepted?per_real=1"
 
     Example: medaug grade --cohort runs/cohort --out runs/bench --arm none --arm oversample --arm guided_ddpm=runs/accepted
     """
@@ -163,6 +183,9 @@ def grade(
         profile=profile,
         synthetic_per_real=per_real,
         allocation=allocation,
+        sources=source or [],
+        real_fraction=real_fraction,
+        allow_untrusted=allow_untrusted,
         tracking=tracked_at(tracking_uri),
     )
     show({"rows": result["rows"], "verdict": result["verdict"]}, as_json, _verdict_text(result, out))

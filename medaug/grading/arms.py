@@ -1,42 +1,45 @@
 """Arms of a comparison: which images a classifier trains on, and how they are augmented.
 
-Every arm holds all real training images. What it adds is exact by class, nested over the amount (more synthetic images
-contain the fewer, at the same seed), and checked: no image whose generator, guide or filter saw a held-out group.
+An arm holds all real training images unless it says otherwise. What it adds is exact by class, nested over the amount (more
+synthetic images contain the fewer, at the same seed), and checked: no image whose generator, guide or filter saw a held-out
+group. Which images, and how many, is said in `medaug.grading.mixing`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medaug import storage
 from medaug.cohort import Case, Cohort, check_against, read_cohort
-from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.grading.pixels import held_out_pixels, shared_pixels
+from medaug.grading import mixing
+from medaug.grading.arm_terms import is_mixed, read_terms
+from medaug.grading.mixing import ALLOCATIONS, REAL, Pair, Source, class_counts, in_proportion, keyed_order, level, real_cases
+from medaug.grading.presets import PRESETS
+from medaug.io.pixels import held_out_pixels, shared_pixels
 from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
+from medaug.training.mixture import Mixture
 from medaug.training.teacher import Teacher, check_origin
 from medaug.transforms.policies import POLICIES
 from medaug.transforms.views import Views
 
 OVERSAMPLE = "oversample"
 WEAK_VIEW = "weak_view"  # that of AMST; the policy `weak` shifts by half as much and never mirrors
-ALLOCATIONS = ("as_generated", "proportional", "balance")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # FOLDER:amst or FOLDER:amst:UNLABELLED, and the ablations of AMST in its place.
 _TRAINED = re.compile(rf"(?P<folder>.*?):(?P<trainer>{'|'.join(sorted(ABLATIONS, key=len, reverse=True))})(:(?P<unlabelled>.+))?")
-
-Pair = tuple[Cohort, Case]
 
 __all__ = [
     "ALLOCATIONS",
     "OVERSAMPLE",
     "WEAK_VIEW",
     "Arm",
+    "Pair",
+    "arm_mixture",
     "build_training_set",
     "check_arm",
     "extra_counts",
@@ -44,6 +47,7 @@ __all__ = [
     "level",
     "parse_arm",
     "prepare_arms",
+    "training_facts",
     "training_sha256",
     "view_controls",
     "with_view_controls",
@@ -71,9 +75,13 @@ class Arm:
         teacher: with `amst` and its labels "teacher".
         views: every training image is seen through the weak view of these, in the place of a policy: the control of an arm
             that trains by AMST, whose images are seen that way too.
+        real_fraction: of the real training images, see `mixing.keep_fraction`; None for an arm without real images.
+        sources: several synthetic sources, or one with a batch share or loss weight, in the place of `synthetic`.
+        real_share: of every batch that is real, with `sources`.
 
     Raises:
         ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
+            `fraction-invalid`, `arm-mix`, `source-twice`, `share-invalid`, `share-without-source`: see `_check_mix`.
     """
 
     name: str
@@ -88,8 +96,12 @@ class Arm:
     unlabelled: Cohort | None = None
     teacher: Teacher | None = None
     views: Views | None = None
+    real_fraction: float | None = 1.0
+    sources: tuple[Source, ...] = ()
+    real_share: float | None = None
 
     def __post_init__(self) -> None:
+        _check_mix(self)
         given = [self.policy != "none", self.amst is not None, self.views is not None]
         if sum(given) > 1:
             raise ConfigError(
@@ -107,6 +119,11 @@ class Arm:
             trained["teacher"] = self.teacher.content()
         if self.views is not None:
             trained["weak_view"] = _weak(self.views)
+        if self.real_fraction != 1:
+            trained["real_fraction"] = self.real_fraction
+        if self.sources:
+            trained["sources"] = [[source.name, source.cohort.content_sha256, source.weight, source.share] for source in self.sources]
+            trained["real_share"] = self.real_share
         return trained | {
             "name": self.name,
             "policy": self.policy,
@@ -114,6 +131,34 @@ class Arm:
             "extra": list(self.extra or ()),
             "synthetic": None if self.synthetic is None else self.synthetic.content_sha256,
         }
+
+    def added(self) -> tuple[Source, ...]:
+        """The synthetic sources, be it one or several."""
+        if self.synthetic is None:
+            return self.sources
+        return (Source("synthetic", self.synthetic, self.synthetic_per_real, self.allocation),)
+
+
+def _check_mix(arm: Arm) -> None:
+    """Refuse a mixture that contradicts itself; its amounts are looked at when the training set is made."""
+    mixing.check_fraction(arm.real_fraction)
+    others = [arm.synthetic is not None, arm.oversample, arm.amst is not None, arm.views is not None]
+    if arm.sources and any(others):
+        raise ConfigError(
+            "arm-mix", f"Arm {arm.name} mixes sources; it takes no other synthetic images, repeats, views or AMST beside them."
+        )
+    if arm.real_fraction is None and (not arm.sources or arm.real_share is not None):
+        raise ConfigError("arm-mix", f"Arm {arm.name} has no real image; give it sources, and no batch share of real images.")
+    for what, values in (
+        ("name", [source.name for source in arm.sources]),
+        ("images", [source.cohort.content_sha256 for source in arm.sources]),
+    ):
+        if len(set(values)) != len(values):
+            raise ConfigError("source-twice", f"Two sources of arm {arm.name} have the same {what}; give each source once.")
+    if arm.real_share is not None and not arm.sources:
+        raise ConfigError("share-without-source", f"Arm {arm.name} gives a batch share to real images and has no other source.")
+    if arm.sources and all(source.weight == 0 for source in arm.sources) and arm.real_fraction is None:
+        raise ConfigError("arm-mix", f"Every source of arm {arm.name} has loss weight 0; nothing would be trained.")
 
 
 def parse_arm(
@@ -123,8 +168,13 @@ def parse_arm(
     allocation: str = "as_generated",
     allow_untrusted: bool = False,
     amst: Mapping[str, Any] | None = None,
+    real_fraction: float = 1.0,
+    named: Mapping[str, Cohort] | None = None,
 ) -> Arm:
     """Read an arm as the command line writes it: a policy's name, ``oversample``, ``weak_view``, or ``NAME=FOLDER`` of accepted images.
+
+    Further: a cell of `PRESETS`, whose synthetic images are `named`, and ``NAME=TERM + TERM`` of several sources, see
+    `medaug.grading.arm_terms`. `real_fraction` counts for every arm that does not say its own.
 
     ``NAME=FOLDER:amst`` trains by AMST, which takes the images of the folder but not their labels; ``amst-no_cr`` and the
     other names of `ABLATIONS` are its ablations. ``NAME=FOLDER:amst:UNLABELLED`` adds a cohort of unlabelled images; FOLDER
@@ -133,19 +183,10 @@ def parse_arm(
     Raises:
         ConfigError: no such arm, a bad name, ratio or allocation.  DataError, LeakageError: the folder is no valid cohort.
     """
+    mixing.check_fraction(real_fraction)
     name, separator, folder = text.partition("=")
     if not separator:
-        if name == OVERSAMPLE:
-            return Arm(name, oversample=True)
-        if name == WEAK_VIEW:
-            return Arm(name, views=amst_recipe("amst", amst).views)
-        if name in POLICIES:
-            return Arm(name, policy=name)
-        known = ", ".join([*POLICIES, OVERSAMPLE, WEAK_VIEW, "NAME=FOLDER", "NAME=FOLDER:amst"])
-        raise ConfigError(
-            "arm-unknown",
-            f"An arm must be one of {known}, got {text!r}; NAME=FOLDER names a folder of accepted synthetic images.",
-        )
+        return _built_in(name, real_fraction, amst, named or {}, allow_untrusted)
     if not _NAME.fullmatch(name) or name in (*POLICIES, OVERSAMPLE, WEAK_VIEW) or not folder:
         raise ConfigError(
             "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ + - and not a built-in arm, got {name!r}."
@@ -154,10 +195,15 @@ def parse_arm(
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {synthetic_per_real!r}.")
     if allocation not in ALLOCATIONS:
         raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
+    if is_mixed(folder) or folder in (named or {}):
+        terms = read_terms(name, folder, named or {}, per_real=synthetic_per_real, allocation=allocation)
+        fields: dict[str, Any] = {"real_fraction": real_fraction} | dict(terms.fields)
+        return Arm(name, sources=terms.sources, allow_untrusted=allow_untrusted, **fields)
     options: dict[str, Any] = {
         "synthetic_per_real": synthetic_per_real,
         "allocation": allocation,
         "allow_untrusted": allow_untrusted,
+        "real_fraction": real_fraction,
     }
     trained = _TRAINED.fullmatch(folder)
     if trained is not None:
@@ -169,6 +215,25 @@ def parse_arm(
                 "arm-name", f"Arm {name} trains by AMST on nothing; write NAME=FOLDER:amst or NAME=:amst:UNLABELLED."
             )
     return Arm(name, synthetic=read_cohort(Path(folder), verify=True) if folder else None, **options)
+
+
+def _built_in(
+    name: str, real_fraction: float, amst: Mapping[str, Any] | None, named: Mapping[str, Cohort], allow_untrusted: bool
+) -> Arm:
+    """An arm that needs no folder of its own."""
+    if name == OVERSAMPLE:
+        return Arm(name, oversample=True, real_fraction=real_fraction)
+    if name == WEAK_VIEW:
+        return Arm(name, views=amst_recipe("amst", amst).views, real_fraction=real_fraction)
+    if name in POLICIES:
+        return Arm(name, policy=name, real_fraction=real_fraction)
+    if name in PRESETS:
+        sources = PRESETS[name].sources(name, named)
+        return Arm(name, sources=sources, real_fraction=PRESETS[name].real_fraction, allow_untrusted=allow_untrusted)
+    known = ", ".join([*POLICIES, OVERSAMPLE, WEAK_VIEW, *PRESETS, "NAME=FOLDER", "NAME=FOLDER + FOLDER", "NAME=FOLDER:amst"])
+    raise ConfigError(
+        "arm-unknown", f"An arm must be one of {known}, got {name!r}; NAME=FOLDER names a folder of accepted synthetic images."
+    )
 
 
 def check_arm(arm: Arm, real: Cohort) -> None:
@@ -183,19 +248,23 @@ def check_arm(arm: Arm, real: Cohort) -> None:
         check_origin(arm.teacher.fit_groups, real, f"The teacher of arm {arm.name}", arm.teacher.trusted or arm.allow_untrusted)
     if arm.unlabelled is not None:
         _check_unlabelled(arm, arm.unlabelled, real)
-    if arm.synthetic is None:
-        return
-    check_against(arm.synthetic, real, allow_untrusted=arm.allow_untrusted)
-    posing = [case.id for case in arm.synthetic.cases() if not case.is_synthetic]
+    for source in arm.added():
+        _check_source(arm, source.cohort, real)
+
+
+def _check_source(arm: Arm, synthetic: Cohort, real: Cohort) -> None:
+    """The checks of one source."""
+    check_against(synthetic, real, allow_untrusted=arm.allow_untrusted)
+    posing = [case.id for case in synthetic.cases() if not case.is_synthetic]
     if posing:
         raise LeakageError(
             "real-in-synthetic-arm",
             f"Arm {arm.name} holds {len(posing)} real image(s) ({', '.join(sorted(posing)[:5])}), which may be held-out ones; "
             "give it the folder that `medaug gate` or `medaug import` wrote.",
         )
-    if not arm.synthetic.training:
+    if not synthetic.training:
         raise DataError("arm-empty", f"Arm {arm.name} has no synthetic training image; generate or accept more.")
-    _check_pixels(arm, arm.synthetic, "synthetic", real)
+    _check_pixels(arm, synthetic, "synthetic", real)
 
 
 def _check_pixels(arm: Arm, cohort: Cohort, what: str, real: Cohort) -> None:
@@ -235,8 +304,11 @@ def _weak(views: Views) -> dict[str, Any]:
     return {"pad": views.pad, "flip": views.flip}
 
 
-def _is_view_control(arm: Arm, views: Views) -> bool:
-    return arm.views is not None and _weak(arm.views) == _weak(views) and arm.synthetic is None and not arm.oversample
+def _is_view_control(arm: Arm, of: Arm) -> bool:
+    """True if `arm` is the control of `of`, which trains by AMST."""
+    if arm.views is None or of.amst is None or arm.real_fraction != of.real_fraction:
+        return False
+    return _weak(arm.views) == _weak(of.amst.views) and arm.synthetic is None and not arm.oversample
 
 
 def with_view_controls(arms: Sequence[Arm]) -> list[Arm]:
@@ -247,76 +319,37 @@ def with_view_controls(arms: Sequence[Arm]) -> list[Arm]:
     """
     out = list(arms)
     for arm in arms:
-        if arm.amst is not None and not any(_is_view_control(other, arm.amst.views) for other in out):
+        if arm.amst is not None and not any(_is_view_control(other, arm) for other in out):
             taken = {other.name for other in out}
             names = (WEAK_VIEW if number == 1 else f"{WEAK_VIEW}-{number}" for number in range(1, len(out) + 2))
-            out.append(Arm(next(name for name in names if name not in taken), views=arm.amst.views))
+            name = next(name for name in names if name not in taken)
+            out.append(Arm(name, views=arm.amst.views, real_fraction=arm.real_fraction))
     return out
 
 
 def view_controls(arms: Sequence[Arm]) -> dict[str, str]:
     """Name of every arm that trains by AMST -> name of its control, see `with_view_controls`."""
     return {
-        arm.name: next(other.name for other in arms if _is_view_control(other, arm.amst.views))
+        arm.name: next(other.name for other in arms if _is_view_control(other, arm))
         for arm in arms
         if arm.amst is not None
     }
 
 
-def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:
-    """Give `total` images away one by one to the class of highest ``urgency(class, added so far)``; ties to the earlier.
-
-    One by one means that a larger total only adds: no class ever loses an image, so training sets nest.
-    """
-    added = [0] * num_classes
-    for _ in range(total):
-        added[max(range(num_classes), key=lambda label: (urgency(label, added[label]), -label))] += 1
-    return added
+def _kept(arm: Arm, real: Cohort, seed: int) -> list[Case]:
+    """The real images of an arm."""
+    return [] if arm.real_fraction is None else mixing.keep_fraction(real_cases(real), arm.real_fraction, seed)
 
 
-def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
-    """Split `total` in proportion to `weights`, exactly, by the method of Sainte-Lague (largest remainders would not nest)."""
-    return _spend(total, lambda label, added: weights[label] / (2 * added + 1), len(weights))
-
-
-def level(total: int, present: Sequence[int]) -> list[int]:
-    """Split `total` so that present + added is as equal over the classes as it can be."""
-    return _spend(total, lambda label, added: -(present[label] + added), len(present))
-
-
-def _real_cases(cohort: Cohort) -> list[Case]:
-    return [case for case in cohort.training if not case.is_synthetic]
-
-
-def _counts(cases: Sequence[Case], num_classes: int) -> list[int]:
-    counts = Counter(case.label for case in cases)
-    return [counts[label] for label in range(num_classes)]
-
-
-def extra_counts(arm: Arm, real: Cohort) -> tuple[int, ...]:
-    """Synthetic images per class that a synthetic arm adds to `real`.
+def extra_counts(arm: Arm, real: Cohort, seed: int = 0) -> tuple[int, ...]:
+    """Synthetic images per class that an arm adds to `real`; only where groups are kept or left whole does the seed matter.
 
     Raises:
-        DataError: the cohort holds fewer than asked for, with the class and both numbers.
+        DataError: a source holds fewer than asked for, with the class and both numbers.
     """
-    if arm.synthetic is None:
-        return (0,) * len(real.classes)
-    available = arm.synthetic.class_counts("training")
-    if arm.synthetic_per_real is None:
-        return tuple(available)
-    present = _counts(_real_cases(real), len(real.classes))
-    total = round(arm.synthetic_per_real * sum(present))
-    if arm.allocation == "balance":
-        wanted = level(total, present)
-    else:
-        wanted = in_proportion(total, available if arm.allocation == "as_generated" else present)
-    short = [f"{name}: {has} of {need}" for name, has, need in zip(real.classes, available, wanted, strict=True) if has < need]
-    if short:
-        raise DataError(
-            "synthetic-too-few",
-            f"Arm {arm.name} needs more accepted images ({'; '.join(short)}); generate more or lower synthetic_per_real.",
-        )
-    return tuple(wanted)
+    kept = _kept(arm, real, seed)
+    counts = [mixing.source_counts(source, real, kept, f"Arm {arm.name}") for source in arm.added()]
+    return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0,) * len(real.classes)
 
 
 def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
@@ -335,8 +368,8 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     for arm in arms:
         check_arm(arm, real)
     added = {arm.name: extra_counts(arm, real) for arm in arms}
-    present = _counts(_real_cases(real), len(real.classes))
-    largest = max((added[arm.name] for arm in arms if arm.synthetic is not None), key=sum, default=None)
+    present = class_counts(real_cases(real), len(real.classes))
+    largest = max((added[arm.name] for arm in arms if arm.added()), key=sum, default=None)
     control = largest if largest is not None else tuple(max(present) - count for count in present)
     lacking = [name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has]
     if lacking and any(arm.oversample for arm in arms):
@@ -347,9 +380,10 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
 
 
 def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
-    """The training images of an arm from `prepare_arms`: all real ones, then the added ones, class by class.
+    """The training images of an arm from `prepare_arms`: the real ones first, then the added ones, class by class.
 
-    Added images are taken in an order that belongs to (seed, case): a smaller amount is a subset of a larger one.
+    Added images are taken in an order that belongs to (seed, case): a smaller amount is a subset of a larger one. See
+    `medaug.grading.mixing.build_training_set`, which does it for any sources.
 
     Raises:
         LeakageError, DataError: see `check_arm`.  ConfigError: the arm did not pass through `prepare_arms`.
@@ -357,14 +391,53 @@ def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
     check_arm(arm, real)
     if arm.extra is None:
         raise ConfigError("arm-unprepared", f"Arm {arm.name} has no counts yet; pass it through prepare_arms.")
-    pairs: list[Pair] = [(real, case) for case in _real_cases(real)]
-    origin = real if arm.oversample or arm.synthetic is None else arm.synthetic
-    candidates = _real_cases(real) if origin is real else origin.training
+    if not arm.oversample:
+        index = mixing.build_training_set(
+            real, arm.added(), real_fraction=arm.real_fraction, seed=seed, what=f"Arm {arm.name}"
+        )
+        return list(index.pairs)
+    kept = _kept(arm, real, seed)
+    pairs: list[Pair] = [(real, case) for case in kept]
     for label, count in enumerate(arm.extra):
-        pool = [case for case in candidates if case.label == label]
-        pool.sort(key=lambda case: (key_seed("mix", seed, case.id), case.id))
-        pairs += [(origin, pool[place % len(pool)]) for place in range(count)]
+        pool = keyed_order([case for case in kept if case.label == label], seed)
+        pairs += [(real, pool[place % len(pool)]) for place in range(count)]
     return pairs
+
+
+def _provenance(arm: Arm, pairs: Sequence[Pair]) -> list[str]:
+    """The source of every image; no two sources of an arm hold the same images."""
+    names = {source.cohort.content_sha256: source.name for source in arm.added()}
+    return [names[owner.content_sha256] if case.is_synthetic else REAL for owner, case in pairs]
+
+
+def arm_mixture(arm: Arm, pairs: Sequence[Pair]) -> Mixture | None:
+    """Batch shares and loss weights of an arm's images; None if every image counts alike.
+
+    Raises:
+        ConfigError: `share-invalid`, `share-without-source`.
+    """
+    shares = {source.name: source.share for source in arm.sources if source.share is not None}
+    if arm.real_share is not None:
+        shares[REAL] = arm.real_share
+    weights = {source.name: source.weight for source in arm.sources if source.weight != 1}
+    return Mixture(tuple(_provenance(arm, pairs)), shares, weights) if shares or weights else None
+
+
+def training_facts(arm: Arm, pairs: Sequence[Pair], num_classes: int) -> dict[str, Any]:
+    """What a row says of its training set; of a mixed arm also the images per class of every source."""
+    names = _provenance(arm, pairs)
+    num_real = len({case.id for name, (_, case) in zip(names, pairs, strict=True) if name == REAL})
+    synthetic = len(names) - names.count(REAL)
+    facts: dict[str, Any] = {
+        "num_training": len(pairs),
+        "num_synthetic": synthetic,
+        "ratio": synthetic / num_real if num_real else None,
+        "added_per_class": class_counts([case for _, case in pairs[num_real:]], num_classes),
+    }
+    if arm.sources or arm.real_fraction != 1:
+        facts |= {"num_real": num_real, "real_fraction": arm.real_fraction}
+        facts["per_source"] = mixing.TrainingIndex(tuple(pairs), tuple(names)).counts(num_classes)
+    return facts
 
 
 def training_sha256(pairs: Sequence[Pair]) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset
 from medaug import __version__, storage
 from medaug.cohort import Case, Cohort
 from medaug.errors import ConfigError, DataError
-from medaug.grading.arms import Arm, Pair, build_training_set, prepare_arms, training_sha256
+from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
 from medaug.grading.recipe import recipe_content
 from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import Predictions, primary_metric
@@ -93,8 +93,11 @@ def plan_cells(
     for arm in prepared:
         for seed in seeds:
             pairs = tuple(build_training_set(arm, cohort, seed))
+            mixture = arm_mixture(arm, pairs)
             for network in networks:
                 recipe = replace(recipes[network], policy=arm.policy)
+                if mixture is not None:
+                    mixture.batch_counts(recipe.batch_size)  # a batch too small for its shares shows before the first hour
                 cells.append(Cell(arm, network, seed, recipe, pairs, _cell_key(cohort, arm, pairs, network, seed, recipe)))
     return cells
 
@@ -220,7 +223,8 @@ def _run_cell(cell: Cell, images: _Images, out: Path, device: str | torch.device
         reached = entry["step"]
 
     fitted, facts = _train(cell, network, images, key, device, report)
-    row: Row = {"sha256": cell.sha256, "arm": cell.arm.name, "network": cell.network, "seed": cell.seed} | _training_facts(cell)
+    row: Row = {"sha256": cell.sha256, "arm": cell.arm.name, "network": cell.network, "seed": cell.seed}
+    row |= training_facts(cell.arm, cell.pairs, len(cohort.classes)) | {"num_steps": cell.recipe.num_steps}
     row |= facts
     row |= {"best_step": fitted.best_step, "history": fitted.history, "key": dict(cell.key)}
     for split in ("test", "validation"):
@@ -249,6 +253,8 @@ def _train(
         options: dict[str, Any] = {"key": key, "synthetic": synthetic, "device": device, "on_eval": report}
         if cell.arm.views is not None:
             options["augment"] = cell.arm.views.weak
+        if (mixture := arm_mixture(cell.arm, cell.pairs)) is not None:
+            options["mixture"] = mixture
         fitted = fit_classifier(network, training, validation, cell.recipe, **options)
         return fitted, {"image_passes": cell.recipe.num_steps * cell.recipe.batch_size, "forward_passes": 0}
     real = synthetic.count(False)  # the real images come first
@@ -272,18 +278,6 @@ def _train(
     if cell.arm.teacher is not None:
         facts["teacher"] = cell.arm.teacher.content()
     return result.fit, facts
-
-
-def _training_facts(cell: Cell) -> Row:
-    synthetic = sum(case.is_synthetic for _, case in cell.pairs)
-    added = sum(cell.arm.extra or ())
-    return {
-        "num_training": len(cell.pairs),
-        "num_synthetic": synthetic,
-        "ratio": synthetic / (len(cell.pairs) - added),
-        "added_per_class": list(cell.arm.extra or ()),
-        "num_steps": cell.recipe.num_steps,
-    }
 
 
 def _score(cohort: Cohort, split: str, logits: Tensor) -> Row:

@@ -11,8 +11,10 @@ import torch
 from medaug import storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
+from medaug.grading.arm_terms import term_names
 from medaug.grading.arms import Arm, parse_arm, view_controls, with_view_controls
 from medaug.grading.benchmark import MetricSink, Row, predictions_of, run_benchmark, summary_of
+from medaug.grading.presets import named_sources
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.report import write_report
 from medaug.grading.verdict import BASELINE, judge
@@ -22,6 +24,7 @@ from medaug.training.teacher import check_origin
 
 DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
 VERDICT_NAME = "verdict.json"
+COPIES_FOLDER = "copies"
 
 __all__ = ["DEFAULT_NETWORKS", "grade"]
 
@@ -39,6 +42,8 @@ def grade(
     allocation: str = "as_generated",
     allow_untrusted: bool = False,
     amst: Mapping[str, Any] | None = None,
+    real_fraction: float = 1.0,
+    sources: Sequence[str] = (),
     device: str | torch.device = "cpu",
     num_resamples: int = 10_000,
     command: str = "",
@@ -50,12 +55,16 @@ def grade(
 
     Args:
         arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images,
-            "NAME=FOLDER:amst" to train on them by AMST, with its control "weak_view" added; see `parse_arm`.
+            "NAME=FOLDER:amst" to train on them by AMST, with its control "weak_view" added; "NAME=FOLDER + FOLDER" to mix
+            several, with options; a cell of `PRESETS` such as "orig50+syn1_50"; see `parse_arm`.
         networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
         seeds: how many, or which.
         profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
         synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all.
+        allow_untrusted: accept images whose maker's training data are unknown; the verdict says so.
         amst: fields of `AmstRecipe` to change, for all arms that train by it.
+        real_fraction: of the real training images that every arm keeps which does not say its own, `none` too.
+        sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name.
         command: what the report says it was made with; no personal paths.
         tracking: a run that takes `log_metrics`.
 
@@ -76,6 +85,8 @@ def grade(
         "allocation": allocation,
         "allow_untrusted": allow_untrusted,
         "amst": amst,
+        "real_fraction": real_fraction,
+        "named": named_sources(sources, _asked_for(arm_specs), cohort, out / COPIES_FOLDER),
     }
     arms = with_view_controls([parse_arm(spec, **options) for spec in arm_specs])
     if BASELINE not in [arm.name for arm in arms]:
@@ -95,19 +106,24 @@ def grade(
     return {"rows": [summary_of(row) for row in rows], "verdict": verdict}
 
 
+def _asked_for(arm_specs: Sequence[str]) -> list[str]:
+    """The names of cells and sources in the texts of arms."""
+    return [place for spec in arm_specs for place in term_names(spec.partition("=")[2] or spec)]
+
+
 def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     """What a reader must know before the verdict: a split that leaks, images nobody can vouch for."""
     leak = (cohort.notes.get("leak") or {}).get("warning")
     notes = [str(leak)] if leak else []
     for arm in arms:
-        unknown = [case for case in (arm.synthetic.training if arm.synthetic else ()) if not (case.lineage or {}).get("fit_on")]
+        given = [case for source in arm.added() for case in source.cohort.training]
+        unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
         if unknown:
             notes.append(
                 f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients."
             )
         if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, arm.name, trusted=True):
             notes.append(f"Nothing shows that the teacher of arm {arm.name} never saw the test patients.")
-        given = arm.synthetic.training if arm.synthetic else ()
         if any((case.lineage or {}).get("weights_trusted") for case in given):
             notes.append(f"The labels of arm {arm.name} come from a network that began from weights of unknown origin.")
     return notes

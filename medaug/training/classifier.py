@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
+from medaug.training.mixture import Mixture, weighted_cross_entropy
 from medaug.training.steps import batch_indices, class_weights, rate_factor
 from medaug.transforms.policies import apply_policy, check_policy
 
@@ -204,6 +205,7 @@ def fit_classifier(
     key: Key,
     synthetic: Sequence[bool] | None = None,
     augment: Augment | None = None,
+    mixture: Mixture | None = None,
     device: str | torch.device = "cpu",
     on_eval: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> FitResult:
@@ -217,6 +219,8 @@ def fit_classifier(
         key: decides order, augmentation and drop-out.
         synthetic: one flag per training image, needed by `recipe.real_share` alone.
         augment: images (B, C, H, W) and B keys -> images, in the place of the recipe's policy.
+        mixture: sources of the training images, their shares of every batch (in the place of `recipe.real_share`) and their
+            weights in the loss; a source of weight 0 is left out as if it were not there.
         device: "cpu", "cuda", "mps".
         on_eval: called with each history entry.
 
@@ -228,8 +232,15 @@ def fit_classifier(
     network.to(device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     flags = None if synthetic is None else np.asarray(synthetic, dtype=bool)
-    indices_of = batch_indices(len(images), recipe, key, flags)
-    update = _update_function(network, optimiser, images, recipe, indices_of, key, augment, device)
+    if mixture is not None:
+        used = mixture.used()
+        images, flags, mixture = images.select(used), None if flags is None else flags[used], mixture.of_used()
+    if mixture is not None and mixture.shares:
+        indices_of = mixture.indices(recipe.batch_size, key)
+    else:
+        indices_of = batch_indices(len(images), recipe, key, flags)
+    importance = None if mixture is None else mixture.importance()
+    update = _update_function(network, optimiser, images, recipe, indices_of, key, augment, importance, device)
     trainer = Engine(update)
     keeper = BestKeeper(network, held_out, device, on_eval)
 
@@ -257,6 +268,7 @@ def _update_function(
     indices_of: Callable[[int], np.ndarray],
     key: Key,
     augment: Augment | None,
+    importance: np.ndarray | None,
     device: str | torch.device,
 ) -> Callable[[Engine, int], float]:
     """One optimiser step as an ignite process function; its batch is the 0-based step."""
@@ -265,7 +277,8 @@ def _update_function(
 
     def update(engine: Engine, step: int) -> float:
         nonlocal weights
-        x, target = images.batch(indices_of(step))
+        indices = indices_of(step)
+        x, target = images.batch(indices)
         x, target = x.to(device), target.to(device)
         x = change(x, [(*key, "policy", step, position) for position in range(len(x))])
         for group in optimiser.param_groups:
@@ -275,7 +288,13 @@ def _update_function(
             logits = network(x)
         if recipe.class_balanced and weights is None:
             weights = class_weights(images.labels(), logits.shape[1]).to(device)
-        loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
+        if importance is None:
+            loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
+        else:
+            counts = torch.from_numpy(importance[indices]).to(device)
+            loss = weighted_cross_entropy(
+                logits, target, counts, class_weight=weights, label_smoothing=recipe.label_smoothing
+            )
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ConfigError(
