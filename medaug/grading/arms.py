@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from medaug import storage
-from medaug.cohort import Case, Cohort, check_against, read_cohort
-from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.cohort import Case, Cohort, read_cohort
+from medaug.errors import ConfigError, DataError
 from medaug.grading import mixing
+from medaug.grading.arm_checks import check_arm, check_mix
 from medaug.grading.arm_terms import is_mixed, read_terms
 from medaug.grading.mixing import ALLOCATIONS, REAL, Pair, Source, class_counts, in_proportion, keyed_order, level, real_cases
 from medaug.grading.presets import PRESETS
-from medaug.io.pixels import held_out_pixels, shared_pixels
 from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
 from medaug.training.mixture import Mixture
-from medaug.training.teacher import Teacher, check_origin
+from medaug.training.teacher import Teacher
 from medaug.transforms.policies import POLICIES
 from medaug.transforms.views import Views
 
@@ -81,7 +81,7 @@ class Arm:
 
     Raises:
         ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
-            `fraction-invalid`, `arm-mix`, `source-twice`, `share-invalid`, `share-without-source`: see `_check_mix`.
+            `fraction-invalid`, `arm-mix`, `source-twice`, `share-invalid`, `share-without-source`: see `check_mix`.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Arm:
     real_share: float | None = None
 
     def __post_init__(self) -> None:
-        _check_mix(self)
+        check_mix(self)
         given = [self.policy != "none", self.amst is not None, self.views is not None]
         if sum(given) > 1:
             raise ConfigError(
@@ -122,7 +122,9 @@ class Arm:
         if self.real_fraction != 1:
             trained["real_fraction"] = self.real_fraction
         if self.sources:
-            trained["sources"] = [[source.name, source.cohort.content_sha256, source.weight, source.share] for source in self.sources]
+            trained["sources"] = [
+                [source.name, source.cohort.content_sha256, source.weight, source.share] for source in self.sources
+            ]
             trained["real_share"] = self.real_share
         return trained | {
             "name": self.name,
@@ -137,28 +139,6 @@ class Arm:
         if self.synthetic is None:
             return self.sources
         return (Source("synthetic", self.synthetic, self.synthetic_per_real, self.allocation),)
-
-
-def _check_mix(arm: Arm) -> None:
-    """Refuse a mixture that contradicts itself; its amounts are looked at when the training set is made."""
-    mixing.check_fraction(arm.real_fraction)
-    others = [arm.synthetic is not None, arm.oversample, arm.amst is not None, arm.views is not None]
-    if arm.sources and any(others):
-        raise ConfigError(
-            "arm-mix", f"Arm {arm.name} mixes sources; it takes no other synthetic images, repeats, views or AMST beside them."
-        )
-    if arm.real_fraction is None and (not arm.sources or arm.real_share is not None):
-        raise ConfigError("arm-mix", f"Arm {arm.name} has no real image; give it sources, and no batch share of real images.")
-    for what, values in (
-        ("name", [source.name for source in arm.sources]),
-        ("images", [source.cohort.content_sha256 for source in arm.sources]),
-    ):
-        if len(set(values)) != len(values):
-            raise ConfigError("source-twice", f"Two sources of arm {arm.name} have the same {what}; give each source once.")
-    if arm.real_share is not None and not arm.sources:
-        raise ConfigError("share-without-source", f"Arm {arm.name} gives a batch share to real images and has no other source.")
-    if arm.sources and all(source.weight == 0 for source in arm.sources) and arm.real_fraction is None:
-        raise ConfigError("arm-mix", f"Every source of arm {arm.name} has loss weight 0; nothing would be trained.")
 
 
 def parse_arm(
@@ -236,69 +216,6 @@ def _built_in(
     )
 
 
-def check_arm(arm: Arm, real: Cohort) -> None:
-    """Refuse an arm that would train on anything the held-out images leaked into.
-
-    Raises:
-        LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic, an image with the pixels of a
-            held-out one, and a teacher that saw one, see `check_origin`.
-        DataError: classes or sizes differ, or there is no synthetic image.
-    """
-    if arm.teacher is not None:
-        check_origin(arm.teacher.fit_groups, real, f"The teacher of arm {arm.name}", arm.teacher.trusted or arm.allow_untrusted)
-    if arm.unlabelled is not None:
-        _check_unlabelled(arm, arm.unlabelled, real)
-    for source in arm.added():
-        _check_source(arm, source.cohort, real)
-
-
-def _check_source(arm: Arm, synthetic: Cohort, real: Cohort) -> None:
-    """The checks of one source."""
-    check_against(synthetic, real, allow_untrusted=arm.allow_untrusted)
-    posing = [case.id for case in synthetic.cases() if not case.is_synthetic]
-    if posing:
-        raise LeakageError(
-            "real-in-synthetic-arm",
-            f"Arm {arm.name} holds {len(posing)} real image(s) ({', '.join(sorted(posing)[:5])}), which may be held-out ones; "
-            "give it the folder that `medaug gate` or `medaug import` wrote.",
-        )
-    if not synthetic.training:
-        raise DataError("arm-empty", f"Arm {arm.name} has no synthetic training image; generate or accept more.")
-    _check_pixels(arm, synthetic, "synthetic", real)
-
-
-def _check_pixels(arm: Arm, cohort: Cohort, what: str, real: Cohort) -> None:
-    """Refuse an image that is a held-out one under another name, whatever its source, patient and group say."""
-    shared = shared_pixels(cohort, cohort.training, held_out_pixels(real))
-    if shared:
-        raise LeakageError(
-            "pixels-held-out",
-            f"{len(shared)} {what} image(s) of arm {arm.name} have the very pixels of a validation or test image "
-            f"({', '.join(shared[:5])}); leave them out.",
-        )
-
-
-def _check_unlabelled(arm: Arm, unlabelled: Cohort, real: Cohort) -> None:
-    """Refuse unlabelled images that are held-out ones, were made from them, or do not fit; their classes do not matter."""
-    if arm.amst is None:
-        raise ConfigError("arm-unlabelled", f"Arm {arm.name} has unlabelled images; only AMST trains on those.")
-    if not unlabelled.training:
-        raise DataError("arm-empty", f"Arm {arm.name} has no unlabelled image in the training split of its second cohort.")
-    only = replace(unlabelled, classes=real.classes, validation=(), test=())
-    check_against(only, real, allow_untrusted=arm.allow_untrusted)
-    held_out = real.validation + real.test
-    for what in ("source", "patient"):
-        known = {getattr(case, what) for case in held_out} - {""}
-        shared = sorted(case.id for case in unlabelled.training if not case.is_synthetic and getattr(case, what) in known)
-        if shared:
-            raise LeakageError(
-                "unlabelled-held-out",
-                f"{len(shared)} unlabelled image(s) of arm {arm.name} share their {what} with a validation or test case "
-                f"({', '.join(shared[:5])}); leave them out.",
-            )
-    _check_pixels(arm, unlabelled, "unlabelled", real)
-
-
 def _weak(views: Views) -> dict[str, Any]:
     """What decides the weak view."""
     return {"pad": views.pad, "flip": views.flip}
@@ -329,11 +246,7 @@ def with_view_controls(arms: Sequence[Arm]) -> list[Arm]:
 
 def view_controls(arms: Sequence[Arm]) -> dict[str, str]:
     """Name of every arm that trains by AMST -> name of its control, see `with_view_controls`."""
-    return {
-        arm.name: next(other.name for other in arms if _is_view_control(other, arm))
-        for arm in arms
-        if arm.amst is not None
-    }
+    return {arm.name: next(other.name for other in arms if _is_view_control(other, arm)) for arm in arms if arm.amst is not None}
 
 
 def _kept(arm: Arm, real: Cohort, seed: int) -> list[Case]:
@@ -392,9 +305,7 @@ def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
     if arm.extra is None:
         raise ConfigError("arm-unprepared", f"Arm {arm.name} has no counts yet; pass it through prepare_arms.")
     if not arm.oversample:
-        index = mixing.build_training_set(
-            real, arm.added(), real_fraction=arm.real_fraction, seed=seed, what=f"Arm {arm.name}"
-        )
+        index = mixing.build_training_set(real, arm.added(), real_fraction=arm.real_fraction, seed=seed, what=f"Arm {arm.name}")
         return list(index.pairs)
     kept = _kept(arm, real, seed)
     pairs: list[Pair] = [(real, case) for case in kept]

@@ -115,9 +115,7 @@ class Source:
         if not self.name or self.name == REAL:
             raise ConfigError("source-name", f"A synthetic source needs a name other than {REAL!r}, got {self.name!r}.")
         if self.allocation not in _WANTED:
-            raise ConfigError(
-                "allocation-unknown", f"allocation must be one of {', '.join(_WANTED)}, got {self.allocation!r}."
-            )
+            raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(_WANTED)}, got {self.allocation!r}.")
         if self.per_real is not None and not (self.per_real > 0 and math.isfinite(self.per_real)):
             raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {self.per_real!r}.")
         if self.share is not None and not 0 < self.share <= 1:
@@ -133,7 +131,9 @@ class Source:
     def _check_counts(self) -> None:
         given = self.counts is not None
         if given != (self.allocation == "fixed"):
-            raise ConfigError("allocation-unknown", f"{self.name}: counts per class go with the allocation fixed, and only with it.")
+            raise ConfigError(
+                "allocation-unknown", f"{self.name}: counts per class go with the allocation fixed, and only with it."
+            )
         if self.counts is not None and (len(self.counts) != len(self.cohort.classes) or min(self.counts) < 0):
             raise ConfigError(
                 "ratio-invalid",

@@ -234,7 +234,7 @@ def fit_classifier(
     flags = None if synthetic is None else np.asarray(synthetic, dtype=bool)
     if mixture is not None:
         used = mixture.used()
-        images, flags, mixture = images.select(used), None if flags is None else flags[used], mixture.of_used()
+        images, flags, mixture = images.select(used.tolist()), None if flags is None else flags[used], mixture.of_used()
     if mixture is not None and mixture.shares:
         indices_of = mixture.indices(recipe.batch_size, key)
     else:
@@ -292,9 +292,7 @@ def _update_function(
             loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
         else:
             counts = torch.from_numpy(importance[indices]).to(device)
-            loss = weighted_cross_entropy(
-                logits, target, counts, class_weight=weights, label_smoothing=recipe.label_smoothing
-            )
+            loss = weighted_cross_entropy(logits, target, counts, class_weight=weights, label_smoothing=recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ConfigError(
