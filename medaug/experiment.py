@@ -2,6 +2,9 @@
 
 The file says what the rows share and what each changes; rows that train alike share one training run. Each stage goes
 on where it stopped, so an experiment that was killed is continued by the same command.
+
+With ``cells`` the rows are no arms but sources, and the arms are mixed from them and the real images, see
+`medaug.grading.presets`.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import numpy as np
 
 from medaug import assets, storage
 from medaug.errors import ConfigError
+from medaug.grading.presets import ALL_REAL, check_presets
+from medaug.grading.verdict import BASELINE
 from medaug.stages import gate_synthetic, grade_arms
 from medaug.workflow import read_yaml, run_stage, run_training
 
-KEYS = ("name", "title", "profile", "arms", "grading", "shared", "rows")
+KEYS = ("name", "title", "profile", "arms", "grading", "shared", "rows", "cells")
 ROW_KEYS = ("name", "bundle", "training", "overlay", "generating", "gate", "trainer")
 FACTS = ("generated", "accepted", "label_agreement")
 GRADING = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
@@ -60,6 +65,7 @@ class Experiment:
         arms: real-only arms beside them; `none` is always there.
         profile: overlay for all bundles.
         grading: networks, seeds and profile of the benchmark.
+        cells: mixtures of real images and the rows' images; where there are any, the rows are no arms of their own.
     """
 
     name: str
@@ -68,6 +74,16 @@ class Experiment:
     arms: tuple[str, ...] = ("none", "oversample")
     profile: str | None = None
     grading: Mapping[str, Any] = field(default_factory=lambda: dict(GRADING))
+    cells: tuple[str, ...] = ()
+
+    def arm_specs(self, accepted: Path, facts: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+        """Arms and named sources as `medaug grade` takes them; all real images alone are the arm `none`."""
+        if self.cells:
+            sources = [f"{row.name}={accepted / row.name}" for row in self.rows]
+            return [*self.arms, *(cell for cell in self.cells if cell != ALL_REAL)], sources
+        made = [row for row in self.rows if facts[row.name]["accepted"]]  # the others stay in the table, without a score
+        specs = [f"{row.name}={accepted / row.name}" + (f":{row.trainer}" if row.trainer else "") for row in made]
+        return [*self.arms, *specs], []
 
 
 def read_experiment(file: str, profile: str | None = None) -> Experiment:
@@ -78,7 +94,7 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
         profile: replaces the file's own.
 
     Raises:
-        ConfigError: not there, an unknown key, no row, or two rows of one name.
+        ConfigError: not there, an unknown key, no row, two rows of one name, or a cell that is unknown or lacks its row.
     """
     content = read_yaml(assets.experiment_path(file))
     _check_keys("experiment", content, KEYS)
@@ -93,8 +109,10 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
     grading = dict(content.get("grading") or {})
     _check_keys("grading settings", grading, tuple(GRADING))
     arms = tuple(dict.fromkeys(["none", *(content.get("arms") or ["oversample"])]))
-    name = str(content.get("name") or Path(file).stem)
-    return Experiment(name, str(content.get("title", "")), made, arms, profile or content.get("profile"), GRADING | grading)
+    name, title = str(content.get("name") or Path(file).stem), str(content.get("title", ""))
+    cells = tuple(map(str, content.get("cells") or ()))
+    check_presets(cells, names)
+    return Experiment(name, title, made, arms, profile or content.get("profile"), GRADING | grading, cells)
 
 
 def _check_keys(what: str, content: Any, known: Sequence[str]) -> None:
@@ -132,7 +150,7 @@ def run_experiment(
     Args:
         file: name in ``configs/experiments`` or path.
         cohort_dir: real cohort.
-        out: folder: runs/, synthetic/, accepted/, benchmark/, table.md, experiment.json.
+        out: folder: runs/, synthetic/, accepted/, benchmark/, table.md, experiment.json; with cells also NAME.png and rows.json.
         profile: replaces the file's own.
         seed: of every stage.
         tracking: keyword arguments of `medaug.tracking.track`.
@@ -148,26 +166,39 @@ def run_experiment(
     tracking = dict(tracking or {"enabled": False})
     with storage.locked(out):
         facts = {row.name: _make(experiment, row, Path(cohort_dir), out, seed, tracking) for row in experiment.rows}
-        specs = [
-            f"{row.name}={out / 'accepted' / row.name}" + (f":{row.trainer}" if row.trainer else "")
-            for row in experiment.rows
-            if facts[row.name]["accepted"]  # a row the gate left nothing of stays in the table, without a score
-        ]
+        specs, sources = experiment.arm_specs(out / "accepted", facts)
         command = f"medaug experiment {experiment.name} --seed {seed}"
         result = grade_arms(
             Path(cohort_dir),
             out / "benchmark",
-            [*experiment.arms, *specs],
+            specs,
+            sources=sources,
             command=command,
             tracking=tracking,
             **experiment.grading,
         )
         table = table_lines(result["rows"], result["verdict"], facts)
+        if experiment.cells:
+            _write_cells(experiment, out, result["rows"], table)
         summary = {"name": experiment.name, "title": experiment.title, "rows": result["rows"], "verdict": result["verdict"]}
         summary |= {"table": table, "settings": [asdict(row) for row in experiment.rows], "profile": experiment.profile}
         storage.write_json(out / "experiment.json", summary)
         storage.write_text(out / "table.md", markdown(experiment.title, table))
     return summary
+
+
+def _write_cells(experiment: Experiment, out: Path, rows: Sequence[Mapping[str, Any]], table: Sequence[dict[str, Any]]) -> None:
+    """Call the arm of all real images by the name of its cell, in the table too; write rows.json and the picture."""
+    from medaug.grading.cells_figure import cells_png
+
+    named = [{**row, "arm": ALL_REAL if row["arm"] == BASELINE else row["arm"]} for row in rows]
+    for line in table:
+        line["arm"] = ALL_REAL if line["arm"] == BASELINE else line["arm"]
+    storage.write_json(out / "rows.json", named)
+    cells = list(dict.fromkeys([ALL_REAL, *experiment.cells]))
+    others = [arm for arm in dict.fromkeys(row["arm"] for row in named) if arm not in cells]
+    picture = cells_png(named, [*others, *cells], str(table[0]["metric"]), experiment.title)
+    storage.write_bytes(out / f"{experiment.name}.png", picture)
 
 
 def _make(

@@ -50,8 +50,10 @@ class Preset:
         return tuple(Source(name, named[name], **_AMOUNTS[amount]) for name, amount in self.added)
 
 
+ALL_REAL = "orig100"  # the same training set as the arm `none`
+
 PRESETS: dict[str, Preset] = {
-    "orig100": Preset(1.0),
+    ALL_REAL: Preset(1.0),
     "orig+syn1": Preset(1.0, (("syn1", "copy"),)),
     "orig+syn2": Preset(1.0, (("syn2", "copy"),)),
     "orig+syn1+syn2": Preset(1.0, (("syn1", "copy"), ("syn2", "copy"))),
@@ -64,7 +66,7 @@ PRESETS: dict[str, Preset] = {
     "orig50+vflip": Preset(0.5, (("vflip", "of_kept"),)),
 }
 
-__all__ = ["PRESETS", "Preset", "check_presets", "named_sources", "preset_of"]
+__all__ = ["ALL_REAL", "PRESETS", "Preset", "check_presets", "named_sources", "preset_of"]
 
 
 def preset_of(name: str) -> Preset:

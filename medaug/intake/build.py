@@ -62,19 +62,19 @@ def run_intake(options: IntakeOptions, progress: Progress | None = None) -> Inta
         known = options.pseudonym_key is not None and options.pseudonym_key.exists()
         return _take_in(options, found, source, None, progress, Pseudonyms(options.pseudonym_key if known else None))
     pseudonyms = Pseudonyms(options.pseudonym_key)
-    with _reserved(options) as folder:
+    with reserved(options) as folder:
         existing = _existing(options, source, pseudonyms)
         if existing is not None:
             return existing
-        result = _take_in(options, found, source, _emptied(folder), progress, pseudonyms)
+        result = _take_in(options, found, source, emptied(folder), progress, pseudonyms)
         publish_copies(options)
-        _publish(folder, options.out)
+        publish(folder, options.out)
     result.cohort = read_cohort(options.out, spatial_dims=None)
     return result
 
 
 @contextmanager
-def _reserved(options: IntakeOptions) -> Iterator[Path]:
+def reserved(options: IntakeOptions) -> Iterator[Path]:
     """Hold the output folder and the one beside it where the cohort is built; yields the latter."""
     out = options.out
     folder = partial_folder(out)
@@ -133,7 +133,7 @@ def _existing(options: IntakeOptions, source: str, pseudonyms: Pseudonyms) -> In
     return IntakeResult(cohort, content["counts"], content["leak"], content["quarantine"], content["notes"], content, reused=True)
 
 
-def _emptied(folder: Path) -> Path:
+def emptied(folder: Path) -> Path:
     """Remove what an interrupted run left behind."""
     with storage.storage_errors(folder.name):
         for path in folder.iterdir():
@@ -144,7 +144,7 @@ def _emptied(folder: Path) -> Path:
     return folder
 
 
-def _publish(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path) -> None:
     """Give the finished folder its name; an empty output folder makes way."""
     with storage.storage_errors(out.name):
         (folder / storage.LOCK_NAME).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ def compose(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         assembly.notes.append(f"{len(changed)} {kind}, like most of the cohort.")
     if folder is not None:
         for record in changed:
-            _change_channels(folder / image_path(record), channels)
+            change_channels(folder / image_path(record), channels)
     splits = {split: tuple(_case(record, intensity) for record in records if record.split == split) for split in SPLITS}
     cohort = Cohort(
         name=options.name or options.out.name,
@@ -44,7 +44,7 @@ def compose(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         source=f"sha256:{source}",
         notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups}
         | _key_note(records, pseudonyms)
-        | _text_note(records, options),
+        | text_note(records, options),
     )
     return cohort.with_cases(**splits)
 
@@ -62,16 +62,16 @@ def _key_note(records: Sequence[Record], pseudonyms: Pseudonyms) -> dict[str, An
     return {"pseudonym_key": pseudonyms.fingerprint} if named else {}
 
 
-def _text_note(records: Sequence[Record], options: IntakeOptions) -> dict[str, Any]:
+def text_note(records: Sequence[Record], options: IntakeOptions) -> dict[str, Any]:
     """Whether every kept image was searched for burned-in text; the note travels to the images made from them."""
     found = [record.burned_in for record in records]
     return {"burned_in": {"checked": all(found), "policy": options.burned_in, "suspects": found.count("kept")}}
 
 
 def _case(record: Record, intensity: dict[str, Any]) -> Case:
-    acquisition = _plain(record.acquisition)
+    acquisition = plain(record.acquisition)
     if intensity["kind"] in ("percentile", "mixed"):
-        acquisition["intensity"] = _plain(record.intensity)
+        acquisition["intensity"] = plain(record.intensity)
     return Case(
         id=record.case_id,
         image=image_path(record),
@@ -88,7 +88,7 @@ def _intensity(records: Sequence[Record]) -> dict[str, Any]:
     """What 0 and 1 mean in every image; where that differs, each case says it in its acquisition."""
     first = records[0].intensity
     if first["kind"] != "percentile" and all(record.intensity == first for record in records):
-        return _plain(first)
+        return plain(first)
     kinds = sorted({record.intensity["kind"] for record in records})
     kind = "percentile" if kinds == ["percentile"] else "mixed"
     return {
@@ -99,12 +99,12 @@ def _intensity(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON holds it; numbers that are not finite become None."""
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -122,7 +122,8 @@ def _modality(records: Sequence[Record], options: IntakeOptions, notes: list[str
     return max(sorted(counts), key=lambda name: counts[name])
 
 
-def _change_channels(path: Path, channels: int) -> None:
+def change_channels(path: Path, channels: int) -> None:
+    """Make a written image grey (1 channel) or colour (3), if it is not."""
     image = raster.read_unit_png(path)
     if channels == 3 and image.ndim == 2:
         raster.write_unit_png(path, np.repeat(image[..., None], 3, axis=-1))

@@ -57,9 +57,9 @@ def read_records(
         for suspect in done.suspects:
             suspects.add(suspect)
         for record in done.records:
-            record.case_id = _case_id(record, taken)
+            record.case_id = case_id_of(record, taken)
             if folder is not None:
-                _settle_image(folder, record)
+                settle_image(folder, record)
             records.append(record)
         advance(1)
     for row in joiner.unused():
@@ -165,7 +165,7 @@ def image_path(record: Record) -> str:
     return f"images/{record.case_id}{record.suffix}"
 
 
-def _settle_image(folder: Path, record: Record) -> None:
+def settle_image(folder: Path, record: Record) -> None:
     """Give the staged image the name of its case; the copy of a file has the same."""
     staged, final = folder / "images" / record.staged, folder / image_path(record)
     if final.exists():
@@ -175,7 +175,7 @@ def _settle_image(folder: Path, record: Record) -> None:
     record.staged = ""
 
 
-def _case_id(record: Record, taken: dict[str, tuple[str, str]]) -> str:
+def case_id_of(record: Record, taken: dict[str, tuple[str, str]]) -> str:
     """First 12 hex digits of the source's sha256, with the slice; copies of one file share an id, and one of them stays."""
     own = (record.source, "" if record.item.kind == "npz" else record.position)
     base = record.source[:12] + own[1]

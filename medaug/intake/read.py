@@ -127,6 +127,10 @@ class Reader:
             done.quarantine.add(quarantine_name(item, self._secrets(index, item)), "image-too-large", reason, item.relative)
         return done
 
+    def window_of(self, picture: Picture) -> tuple[float, float] | None:
+        """The stored values that become 0 and 1, see `prepare.to_unit`."""
+        return self.options.window
+
     def _secrets(self, index: int, item: Item) -> list[str]:
         """What table and header know of the patient of a file whose pixels cannot be read."""
         known = [row.patient for row in self.joiner.table_rows(index, {})]
@@ -149,7 +153,7 @@ class Reader:
             _leave_out_unlabelled(record, self.joiner.is_ambiguous(index), done.quarantine)
             return
         checked = self._without_text(done, record, picture)
-        if checked is not None and _prepare(record, checked, self.options, done.quarantine):
+        if checked is not None and _prepare(record, checked, self.options.image_size, self.window_of(checked), done.quarantine):
             if self.folder is not None and record.unit_image is not None:
                 record.staged = f".{index:07d}_{number:05d}.png"
                 storage.write_staged(self.folder / "images" / record.staged, raster.encode_unit_png(record.unit_image))
@@ -224,11 +228,11 @@ def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantin
     quarantine.leave_out(record, "image-without-label", reason)
 
 
-def _prepare(record: Record, picture: Picture, options: IntakeOptions, quarantine: Quarantine) -> bool:
+def _prepare(record: Record, picture: Picture, size: int, window: tuple[float, float] | None, quarantine: Quarantine) -> bool:
     """Scale and summarise one picture; False if it cannot be used."""
     try:
-        unit, record.intensity = prepare.to_unit(picture, options.window)
-        unit, geometry = prepare.square(unit, options.image_size)
+        unit, record.intensity = prepare.to_unit(picture, window)
+        unit, geometry = prepare.square(unit, size)
     except DataError as error:
         quarantine.leave_out(record, error.code, error.message)
         return False

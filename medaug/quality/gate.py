@@ -170,7 +170,9 @@ def _check_inputs(real: Cohort, synthetic: Cohort, out: Path) -> None:
         )
     if synthetic.validation or synthetic.test:
         raise DataError("not-synthetic", "A synthetic cohort has training cases only; this one has a validation or test split.")
-    check_against(synthetic, real)
+    # Images that were imported as untrusted are judged and stay marked; `medaug grade` asks for a word of the user.
+    untrusted = all((case.lineage or {}).get("untrusted") for case in synthetic.training)
+    check_against(synthetic, real, allow_untrusted=untrusted)
     if out.resolve() in {root.resolve() for root in (real.root, synthetic.root) if root}:
         raise ConfigError("out-is-input", "--out must be another folder than the cohort and the synthetic cohort.")
 

@@ -64,6 +64,9 @@ def summary_of(
         "acceptance": [asdict(entry) | {"short": entry.short} for entry in acceptance],
         "reasons": dict(Counter(code for verdict in verdicts for code, _ in verdict.reasons).most_common()),
     }
+    untrusted = sum(bool((verdict.case.lineage or {}).get("untrusted")) for verdict in verdicts)
+    if untrusted:
+        summary["untrusted"] = untrusted
     if "pseudo_label" in names:
         facts = context.label_filter.facts
         summary["filter"] = {key: facts[key] for key in _FILTER_FACTS if key in facts} | facts_for_report(facts)
@@ -147,10 +150,12 @@ def _write_cases(
     cases = []
     for verdict in verdicts:
         lineage = dict(verdict.case.lineage or {})
-        groups = sorted(set(context.synthetic.fit_on[lineage["fit_on"]]) | filter_groups)
-        sha = fit_sha256(groups)
-        unions[sha] = groups
-        lineage |= {**verdict.lineage, "generator_fit_on": lineage["fit_on"], "fit_on": sha}
+        lineage |= verdict.lineage
+        if not lineage.get("untrusted"):  # what the filter saw says nothing of an unknown generator
+            groups = sorted(set(context.synthetic.fit_on[lineage["fit_on"]]) | filter_groups)
+            sha = fit_sha256(groups)
+            unions[sha] = groups
+            lineage |= {"generator_fit_on": lineage["fit_on"], "fit_on": sha}
         lineage |= {"verdict": verdict.verdict, "reasons": [code for code, _ in verdict.reasons]}
         if verdict.relabelled is not None:
             lineage.setdefault("intended_label", verdict.case.label)
