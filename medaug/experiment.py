@@ -36,7 +36,8 @@ class ExperimentRow:
     Attributes:
         name: of the arm.
         bundle: name or folder of the bundle that makes its images.
-        training, generating: overrides of these stages, as for `run_stage`.
+        training, generating: overrides of these stages, as for `run_stage`; a `seed` of generating is added to the experiment's,
+            so that rows of one run draw images of their own.
         overlay: of the bundle, for generating; empty for none.
         gate: keyword arguments of `medaug.stages.gate_synthetic`.
         trainer: how the graders use its images, as in ``NAME=FOLDER:trainer``; empty for plain training.
@@ -209,7 +210,7 @@ def _make(
     common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
     run_training(row.bundle, experiment.profile, {**row.training, **common, "output_dir": str(run)})
     paths = {"run_dir": str(run), "output_dir": str(synthetic)}
-    overrides = {**row.generating, **common, **paths}
+    overrides = {**row.generating, **common, **paths, "seed": seed + int(row.generating.get("seed", 0))}
     made = run_stage(row.bundle, "generating", experiment.profile, overrides, overlay=row.overlay or None)
     gated = gate_synthetic(
         synthetic,

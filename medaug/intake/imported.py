@@ -288,8 +288,9 @@ class _Maker:
 
     def _cases(self, records: Sequence[Record], references: dict[int, tuple[str, ...]]) -> list[Case]:
         """One case for every image with one label out of the cohort's classes and no doubt about its reference."""
-        known, origins = References(self.like), {}
-        usable = []
+        known = References(self.like)
+        origins: dict[int, Case | None] = {}
+        usable: list[Record] = []
         for record in records:
             labels = {label_of(text, self.like.classes) for text in record.labels}
             origin = known.find(references[id(record)])
