@@ -194,7 +194,9 @@ def test_version_and_bundles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert run(monkeypatch, "bundles", "copy", "guided_ddpm", str(tmp_path / "mine")) == 2
 
 
-@pytest.mark.parametrize("command", ["intake", "train", "generate", "gate", "grade", "augment", "quickstart", "bundles"])
+@pytest.mark.parametrize(
+    "command", ["intake", "train", "generate", "gate", "grade", "augment", "import", "quickstart", "bundles"]
+)
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

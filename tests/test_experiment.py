@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import yaml
 
 from medaug import assets, experiment
-from medaug.cohort import Cohort
+from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
+from medaug.grading.cells_figure import cells_figure, cells_png
 
 SHARED = {
     "bundle": "guided_ddpm",
@@ -55,6 +57,8 @@ def test_rows_that_train_alike_share_a_run(tmp_path: Path) -> None:
         ({"rows": [{"name": "a", "bundle": "x", "lr": 1}]}, "config-key-unknown"),
         ({"rows": ["a"]}, "config-key-unknown"),
         ({"rows": [{"name": "a", "bundle": "x"}], "grading": {"epochs": 1}}, "config-key-unknown"),
+        ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig75"]}, "preset-unknown"),
+        ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig+syn2"]}, "source-missing"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, content: dict[str, object], code: str) -> None:
@@ -88,6 +92,48 @@ def test_the_table_takes_its_figures_from_the_rows() -> None:
     assert "| b | 9 | 0 |  |  |  |  |  |" in experiment.markdown("Title", lines)
     text = experiment.markdown("Title", [none, a])
     assert "| a | 9 | 6 | 1.000 | 0.800 ± 0.100 | +0.200 | +0.100 to +0.300 | helps |" in text
+
+
+def test_rows_of_cells_are_sources_and_all_real_images_are_the_baseline(tmp_path: Path) -> None:
+    rows = [{"name": name, "generating": {"seed": seed}} for seed, name in enumerate(("syn1", "syn2"))]
+    read = experiment.read_experiment(write(tmp_path, shared=SHARED, rows=rows, cells=["orig100", "syn1", "orig50+rot"]))
+    specs, sources = read.arm_specs(Path("accepted"), {})
+    assert specs == ["none", "oversample", "syn1", "orig50+rot"]
+    assert sources == ["syn1=accepted/syn1", "syn2=accepted/syn2"]
+    assert len({row.run_name() for row in read.rows}) == 1
+
+
+def test_the_picture_of_the_cells_shows_every_run() -> None:
+    scores = {("orig100", "n", 0): 0.5, ("orig100", "n", 1): 0.7, ("syn1", "n", 0): 0.2, ("syn1", "m", 0): None}
+    rows = [{"arm": a, "network": n, "seed": s, "accuracy": value} for (a, n, s), value in scores.items()]
+    (axis,) = cells_figure(rows, ["orig100", "syn1"], "accuracy").axes
+    dots = [line for line in axis.lines if line.get_marker() == "o"]
+    assert [list(line.get_ydata()) for line in dots] == [[0.5, 0.7], [0.2]]
+    means = [float(line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "_"]
+    assert means == [pytest.approx(0.6), pytest.approx(0.2)]
+    assert cells_png(rows, ["orig100", "syn1"], "accuracy") == cells_png(rows, ["orig100", "syn1"], "accuracy")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
+    make_cohort(tmp_path / "cohort", size=16, per_class=15)
+    grading = {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}
+    shared = {
+        **SHARED,
+        "generating": {"counts": [10, 10, 10], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 2}},
+    }
+    rows = [{"name": name, "generating": {"seed": seed}} for seed, name in enumerate(("syn1", "syn2"))]
+    cells = ["orig100", "orig+syn1+syn2", "orig50+syn2_50", "syn1", "orig50+vflip"]
+    file = write(tmp_path, shared=shared, rows=rows, cells=cells, title="Mix", profile="tiny", arms=["none"], grading=grading)
+    result = experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out")
+    assert [line["arm"] for line in result["table"]] == cells
+    assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")  # the file is table.yaml
+    assert {row["num_steps"] for row in result["rows"]} == {30}
+    sizes = {row["arm"]: row["num_training"] for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
+    real = len(read_cohort(tmp_path / "cohort").training)
+    half = sizes["orig50+vflip"] // 2
+    assert sizes == dict(zip(cells, [real, 3 * real, real, real, 2 * half], strict=True))
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def make_copies(real: Cohort, kind: str, folder: Path) -> Cohort:
             found = read_cohort(folder, verify=True)
             if found.created_by == made:
                 return found
-        groups = sorted(real.groups("training"))
+        groups = tuple(sorted(real.groups("training")))
         fit = fit_sha256(groups)
         cases = []
         for case in real_cases(real):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from medaug import cli
 from medaug import cohort as cohorts
 from medaug.cohort import Cohort, read_cohort
 from medaug.draws import numpy_generator
@@ -217,6 +220,26 @@ def test_colour_becomes_grey_and_grey_colour(made: ImportOptions, tmp_path: Path
     cohort = run_import(made).cohort
     shapes = {read_unit_png(cohort.path(case)).shape for case in cohort.training}
     assert cohort.channels == 3 and shapes == {(16, 16, 3)}
+
+
+def test_the_command_answers_machines_and_refuses_an_undeclared_origin(
+    real: Cohort, made: ImportOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["import", str(made.source), "--labels", str(made.labels), "--label-column", "grade", "--like", str(made.like)]
+    given += ["--out", str(made.out), "--json"]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for more, code in ([], 2), (["--fit-on", str(made.like), "--allow-untrusted"], 2), (["--allow-untrusted"], 0):
+            monkeypatch.setattr(sys, "argv", ["medaug", *given, *more])
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            assert (stop.value.code or 0) == code
+            out, err = capsys.readouterr()
+            assert ("[origin-undeclared]" in err) == bool(code) and "Traceback" not in err
+        summary = json.loads(out)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (summary["out"], summary["cases"], summary["trusted"]) == ("out", 6, False)
 
 
 @pytest.mark.parametrize(
