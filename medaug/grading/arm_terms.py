@@ -1,6 +1,7 @@
 """Mixed arms as the command line writes them: ``NAME=TERM + TERM``, where blanks around the plus sign separate the terms.
 
-A term is a folder of synthetic images, a named source, ``real`` or ``no-real``; options follow a question mark:
+A term is a folder of synthetic images, a named source, copies of the real images that are kept (``rot``, ``vflip``), ``real``
+or ``no-real``; options follow a question mark:
 ``real?fraction=0.5&share=0.5 + runs/syn1?per_real=1&weight=0.5``. Without ``real`` all real images are there.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
+from medaug.grading.classic_copies import COPIES
 from medaug.grading.mixing import REAL, Source
 
 NO_REAL = "no-real"
@@ -87,7 +89,7 @@ def read_terms(
 
 def _source(place: str, named: Mapping[str, Cohort], chosen: Mapping[str, Any]) -> Source:
     if place in named:
-        return Source(place, named[place], **chosen)
+        return Source(place, named[place], of_kept=place in COPIES, **chosen)
     cohort = read_cohort(Path(place), verify=True)
     return Source(Path(place).resolve().name, cohort, **chosen)
 

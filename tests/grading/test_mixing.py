@@ -161,6 +161,9 @@ def test_text_of_a_mixed_arm(tmp_path, make_cohort, make_synthetic):
     assert both.real_fraction == 1 and [source.per_real for source in both.sources] == [0.5, 0.5]
     plain = arms.parse_arm(f"a={tmp_path / 'syn1'}")
     assert plain.synthetic is not None and not plain.sources and "sources" not in plain.content()
+    (turned,) = arms.prepare_arms([arms.parse_arm("x=real?fraction=0.5 + rot", named=named)], real)
+    (cell,) = arms.prepare_arms([arms.parse_arm("orig50+rot", named=named)], real)
+    assert arms.build_training_set(turned, real, 0) == arms.build_training_set(cell, real, 0)
     strange = tmp_path / "a + b?c=d"  # a folder of that very name is a folder
     (tmp_path / "syn1").rename(strange)
     assert arms.parse_arm(f"a={strange}").synthetic.content_sha256 == plain.synthetic.content_sha256
