@@ -21,7 +21,7 @@ def check_mix(arm: Arm) -> None:
     """Refuse a mixture that contradicts itself; its amounts are looked at when the training set is made.
 
     Raises:
-        ConfigError: `fraction-invalid`, `arm-mix`, `source-twice`, `share-without-source`.
+        ConfigError: `fraction-invalid`, `arm-mix`, `source-twice`, `share-without-source`.  DataError: `arm-empty`.
     """
     check_fraction(arm.real_fraction)
     others = [arm.synthetic is not None, arm.oversample, arm.amst is not None, arm.views is not None]
@@ -31,6 +31,9 @@ def check_mix(arm: Arm) -> None:
         )
     if arm.real_fraction is None and (not arm.sources or arm.real_share is not None):
         raise ConfigError("arm-mix", f"Arm {arm.name} has no real image; give it sources, and no batch share of real images.")
+    for source in arm.sources:
+        if not source.cohort.training:
+            raise DataError("arm-empty", f"Source {source.name} of arm {arm.name} has no image; generate or accept more.")
     for what, values in (
         ("name", [source.name for source in arm.sources]),
         ("images", [source.cohort.content_sha256 for source in arm.sources]),

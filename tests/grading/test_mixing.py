@@ -253,6 +253,9 @@ def test_refusals_of_cells_and_sources(tmp_path, make_cohort, make_synthetic):
     for texts in (["syn1"], ["rot=x"], ["real=x"], [f"a={tmp_path / 'syn1'}"] * 2):
         with pytest.raises(ConfigError, match="source-name"):
             named_sources(texts, [], real, tmp_path / "c")
+    empty = named["syn1"].with_cases(training=())
+    with pytest.raises(DataError, match="arm-empty"):
+        arms.parse_arm("orig+syn1", named={"syn1": empty})
     few = make_synthetic(real, tmp_path / "few", [9, 3], name="f")
     with pytest.raises(DataError, match="class1: 3 of 5"):
         arms.prepare_arms([arms.parse_arm("orig+syn1", named={"syn1": few})], real)
