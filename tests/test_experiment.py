@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
 from medaug.grading.cells_figure import cells_figure, cells_png
 
-SHARED = {
+SHARED: dict[str, Any] = {
     "bundle": "guided_ddpm",
     "training": {"batch_size": 4, "max_epochs": 1, "epoch_length": 2, "preview_every": 0, "device_name": "cpu"},
     "generating": {"counts": [2, 2, 2], "device_name": "cpu", "generation_batch_size": 2},
