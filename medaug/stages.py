@@ -124,6 +124,11 @@ def grade_arms(
     synthetic_per_real: float | None = None,
     allocation: str = "as_generated",
     amst: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    pretrained: Mapping[str, Path] | None = None,
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
@@ -151,12 +156,18 @@ def grade_arms(
             synthetic_per_real=synthetic_per_real,
             allocation=allocation,
             amst=amst,
+            overrides=overrides,
+            pretrained=pretrained,
+            executor=executor,
+            workers=workers,
+            ray_address=ray_address,
             progress=True,
             command=command,
             tracking=run,
         )
         run.log_table(result["rows"], "rows.json")
         run.log_dict(result["verdict"], "verdict.json")
+        run.log_dict({"failed": result["failed"]}, "failed.json")
         for name in ("report.html", "comparison.png", "table.md"):
             run.log_artifact(out / name)
         return result

@@ -15,7 +15,8 @@ def head_path(network: nn.Module) -> str:
     Raises:
         ConfigError: `network-head`: the network has none, or several.
     """
-    last = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "classifier", None)
+    get_classifier = getattr(network, "get_classifier", None)  # of timm's networks
+    last = get_classifier() if callable(get_classifier) else getattr(network, "classifier", None)
     found = [path for path, module in network.named_modules() if module is last]
     if not isinstance(last, nn.Linear) or len(found) != 1:
         raise ConfigError(

@@ -22,7 +22,7 @@ from medaug.networks.heads import last_linear, replace_head
 
 _SMALLEST_GAP = 1e-3  # between neighbouring thresholds, in logits: keeps every log-probability finite
 
-__all__ = ["HEADS", "CoralHead", "coral_loss", "cumulative_logits", "cumulative_to_log_probs"]
+__all__ = ["HEADS", "LOSSES", "CoralHead", "coral_loss", "cumulative_logits", "cumulative_to_log_probs"]
 
 
 class CoralHead(nn.Module):
@@ -99,3 +99,5 @@ def _coral(network: nn.Module, num_classes: int) -> nn.Module:
 
 # name -> how a network with a linear head gets this one.
 HEADS: dict[str, Callable[[nn.Module, int], nn.Module]] = {"linear": _linear, "coral": _coral}
+# The loss that each head is trained by: (logits, target, weight, label_smoothing) -> scalar.
+LOSSES: dict[str, Callable[..., Tensor]] = {"linear": functional.cross_entropy, "coral": coral_loss}

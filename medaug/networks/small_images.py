@@ -174,6 +174,9 @@ def _swin_options(image_size: int, published: int) -> dict[str, int]:
 
 
 def convnext(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """ConvNeXts of 4 px patches: 2 px up to 32 px, so that the stages see 16x16, 8x8, 4x4 and 2x2 positions as at 64 px."""
-    options = {"patch_size": 2} if image_size <= TINY else {}
-    return from_timm(name, num_classes, in_channels, image_size, **options)
+    """ConvNeXts of 4 px patches, which overlap by half up to 32 px: 16x16, 8x8, 4x4 and 2x2 positions in the stages as at 64 px."""
+    network = from_timm(name, num_classes, in_channels, image_size)
+    if image_size <= TINY:
+        stem = network.stem[0]  # type: ignore[index]
+        stem.stride, stem.padding = (2, 2), (1, 1)  # type: ignore[union-attr]
+    return network
