@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from medaug.errors import ConfigError
@@ -15,7 +17,7 @@ def head_path(network: nn.Module) -> str:
     Raises:
         ConfigError: `network-head`: the network has none, or several.
     """
-    get_classifier = getattr(network, "get_classifier", None)  # of timm's networks
+    get_classifier: Any = getattr(network, "get_classifier", None)  # of timm's networks
     last = get_classifier() if callable(get_classifier) else getattr(network, "classifier", None)
     found = [path for path, module in network.named_modules() if module is last]
     if not isinstance(last, nn.Linear) or len(found) != 1:

@@ -173,7 +173,7 @@ def cutmix(images: Tensor, keys: Sequence[Key]) -> Mixture:
         return Mixture(images)
     height, width = images.shape[-2:]
     side = math.sqrt(1 - draw.random())
-    centre_y, centre_x = draw.integers(height), draw.integers(width)
+    centre_y, centre_x = int(draw.integers(height)), int(draw.integers(width))
     top, bottom = _clipped(centre_y, side * height, height)
     left, right = _clipped(centre_x, side * width, width)
     partner = torch.from_numpy(draw.permutation(len(images))).to(images.device)
