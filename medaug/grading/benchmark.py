@@ -36,6 +36,7 @@ from medaug.training.classifier import (
     predict_logits,
     seeded,
 )
+from medaug.training.steps import one_thread
 
 ROW_FORMAT = 1
 ROWS_FOLDER = "rows"
@@ -237,7 +238,8 @@ class _Cells:
     def __call__(self, number: int, advance: Callable[[int], None]) -> Row:
         if not self.images:
             self.images.append(GradedImages(self.cohort, self.cache))
-        return _run_cell(self.cells[number], self.images[0], self.device, advance)
+        with one_thread():  # so that rows do not depend on the cores; cells side by side use those better than threads do
+            return _run_cell(self.cells[number], self.images[0], self.device, advance)
 
 
 def _run_cell(cell: Cell, images: GradedImages, device: str | torch.device, advance: Callable[[int], None]) -> Row:

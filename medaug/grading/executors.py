@@ -1,7 +1,6 @@
 """Where the cells of a comparison are computed: in this process, in several of this machine, or on a Ray cluster.
 
-All give the same rows. A cell is computed with one thread of torch everywhere: sums over several threads are ordered by their number, so
-rows of two threads differ from rows of one in their last digits; cells side by side use the cores better than threads do.
+All give the same outcomes if a task depends on nothing but its number. No torch here: what a process has to load is the task's affair.
 
 An executor is a generator of (number of the task, outcome) in the order of completion. It does a task again whose worker died, up
 to `MAX_RETRIES` times, and leaves no process behind however it ends: closed, failed, interrupted, or killed itself.
@@ -22,8 +21,6 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
-
 from medaug.errors import ConfigError, MedaugError, MissingDependencyError, StorageError
 
 MAX_RETRIES = 2
@@ -31,7 +28,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 
 Advance = Callable[[int, int], None]  # (number of the task, optimiser steps); negative when a lost task begins anew
 
-__all__ = ["EXECUTORS", "MAX_RETRIES", "Executor", "Failure", "Outcome", "Task", "check_executor", "one_thread", "usable_cores"]
+__all__ = ["EXECUTORS", "MAX_RETRIES", "Executor", "Failure", "Outcome", "Task", "check_executor", "usable_cores"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +48,6 @@ Task = Callable[[int, Callable[[int], None]], Any]  # (number, advance) -> outco
 Executor = Callable[..., Iterator[tuple[int, Outcome]]]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of torch in the block, the former number after it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def usable_cores() -> list[int]:
     """Numbers of the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -72,8 +58,7 @@ def usable_cores() -> list[int]:
 def _attempt(task: Task, number: int, advance: Callable[[int], None]) -> Outcome:
     """The outcome of one task; a setting that does not suit it is a `Failure`, everything else stops the comparison."""
     try:
-        with one_thread():
-            return task(number, advance)
+        return task(number, advance)
     except ConfigError as error:
         return Failure(error.code, error.message)
 
@@ -210,7 +195,6 @@ def _work(pipe: connection.Connection, task: Task, core: int | None) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    torch.set_num_threads(1)
     while True:
         try:
             number = pipe.recv()

@@ -13,41 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from executor_tasks import always_dies, dies_once, fails, square
 
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.arms import Arm
 from medaug.grading.benchmark import run_benchmark
-from medaug.grading.executors import EXECUTORS, Failure, check_executor, one_thread
+from medaug.grading.executors import EXECUTORS, Failure, check_executor, usable_cores
 from medaug.grading.recipe import grading_recipe
+from medaug.training.steps import one_thread
 
 LINUX = sys.platform == "linux"
-
-
-def square(number, advance):
-    """A task that tells its steps, its threads and refuses 3."""
-    advance(number)
-    if number == 3:
-        raise ConfigError("three", "Three does not suit.")
-    return number**2, torch.get_num_threads()
-
-
-def dies_once(folder, number, advance):
-    """Task 1 kills its process half-way, the first time."""
-    advance(5)
-    marker = Path(folder) / f"{number}"
-    if number == 1 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    advance(5)
-    return number
-
-
-def always_dies(number, advance):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fails(number, advance):
-    raise StorageError("disk-full", "No space left.")
+CORES = len(usable_cores())
 
 
 def run(task, numbers, workers=1, executor="local"):
@@ -59,12 +35,10 @@ def run(task, numbers, workers=1, executor="local"):
     return dict(EXECUTORS[executor](task, numbers, workers=workers, advance=advance)), steps
 
 
-def test_one_worker_runs_here_with_one_thread_and_goes_on_after_a_refusal():
-    before = torch.get_num_threads()
+def test_one_worker_runs_here_and_goes_on_after_a_refusal():
     outcomes, steps = run(square, [1, 3, 4])
-    assert outcomes == {1: (1, 1), 3: Failure("three", "Three does not suit."), 4: (16, 1)}
+    assert outcomes == {1: (1, CORES), 3: Failure("three", "Three does not suit."), 4: (16, CORES)}
     assert steps == {1: 1, 3: 3, 4: 4}
-    assert torch.get_num_threads() == before
     with pytest.raises(StorageError, match="disk-full"):
         run(fails, [0])
 
@@ -85,17 +59,55 @@ def test_refusals():
         check_executor("local", 0)
 
 
-@pytest.mark.slow
-def test_workers_do_every_task_once_and_a_killed_one_again(tmp_path):
+def test_workers_do_every_task_once_each_on_its_core(tmp_path):
     outcomes, steps = run(square, [1, 3, 4], workers=2)
-    assert outcomes == {1: (1, 1), 3: Failure("three", "Three does not suit."), 4: (16, 1)}
+    cores = 1 if LINUX and CORES >= 2 else CORES
+    assert outcomes == {1: (1, cores), 3: Failure("three", "Three does not suit."), 4: (16, cores)}
+    assert steps == {1: 1, 3: 3, 4: 4}
+
+
+def test_the_task_of_a_killed_worker_is_done_again(tmp_path):
     outcomes, steps = run(partial(dies_once, str(tmp_path)), [0, 1, 2, 3], workers=2)
     assert outcomes == {number: number for number in range(4)}
     assert steps == dict.fromkeys(range(4), 10)  # the steps of the lost attempt are taken back
+
+
+def test_what_is_lost_again_and_again_or_fails_stops_everything():
     with pytest.raises(StorageError, match="worker-lost"):
         run(always_dies, [0, 1], workers=2)
     with pytest.raises(StorageError, match="disk-full"):
         run(fails, [0, 1], workers=2)
+
+
+DRIVER = """
+import sys
+from functools import partial
+from executor_tasks import sleeps
+from medaug.grading.executors import EXECUTORS
+if __name__ == "__main__":
+    list(EXECUTORS["local"](partial(sleeps, sys.argv[1]), [0, 1], workers=2, advance=lambda number, steps: None))
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_workers_do_not_outlive_their_driver(tmp_path, blow):
+    script, started = tmp_path / "driver.py", tmp_path / "started"
+    script.write_text(DRIVER)
+    started.mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    words = [sys.executable, str(script), str(started)]
+    driver = subprocess.Popen(words, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    _until(lambda: len(list(started.iterdir())) == 2 or driver.poll() is not None)
+    assert driver.poll() is None, driver.stderr.read()
+    if blow == signal.SIGINT:
+        os.killpg(driver.pid, blow)  # as the terminal does
+    else:
+        driver.send_signal(blow)
+    _, message = driver.communicate(timeout=60)
+    _until(lambda: not _members(driver.pid), 60)
+    if blow == signal.SIGINT:
+        assert message.count(b"Traceback") == 1 and b"KeyboardInterrupt" in message  # the driver's alone
 
 
 def grid(cohort, out, executor="local", workers=1, steps=6):
