@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def load_pretrained(
     if _names_differ(state, published):
         _refuse(name, path, state, published)
     overlay = {"state_dict": _without_head(state, head_path(published)), "num_classes": num_classes + 1}
-    sized = {"img_size": image_size} if "pos_embed" in state or _fixed_size(name) else {}
+    sized: dict[str, Any] = {"img_size": image_size} if "pos_embed" in state or _fixed_size(name) else {}
     try:
         loaded: nn.Module = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, in_chans=in_channels, **sized
