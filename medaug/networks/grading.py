@@ -84,8 +84,9 @@ _FURTHER: dict[str, Callable[[str, int, int, int], nn.Module]] = {
 
 TEN_NETWORKS = tuple(_ADAPTED)
 # name -> builder: simple_cnn and the ten, which `all` means.
-NETWORKS: dict[str, Builder] = {"simple_cnn": _simple_cnn_builder} | {
-    name: partial(build, name) for name, build in _ADAPTED.items()
+NETWORKS: dict[str, Builder] = {
+    "simple_cnn": _simple_cnn_builder,
+    **{name: partial(build, name) for name, build in _ADAPTED.items()},
 }
 # Further networks that are fit for small images; any other model of timm is built as published.
 FURTHER_NETWORKS: dict[str, Builder] = {name: partial(build, name) for name, build in _FURTHER.items()}
