@@ -127,6 +127,11 @@ def grade_arms(
     real_fraction: float = 1.0,
     sources: Sequence[str] = (),
     allow_untrusted: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    pretrained: Mapping[str, Path] | None = None,
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
@@ -157,12 +162,18 @@ def grade_arms(
             real_fraction=real_fraction,
             sources=sources,
             allow_untrusted=allow_untrusted,
+            overrides=overrides,
+            pretrained=pretrained,
+            executor=executor,
+            workers=workers,
+            ray_address=ray_address,
             progress=True,
             command=command,
             tracking=run,
         )
         run.log_table(result["rows"], "rows.json")
         run.log_dict(result["verdict"], "verdict.json")
+        run.log_dict({"failed": result["failed"]}, "failed.json")
         for name in ("report.html", "comparison.png", "table.md"):
             run.log_artifact(out / name)
         return result

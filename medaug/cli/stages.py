@@ -139,8 +139,8 @@ def grade(
     arm: Annotated[
         list[str],
         typer.Option(
-            help="none, crop_rotate, oversample, NAME=FOLDER of accepted images, NAME=FOLDER:amst, 'NAME=FOLDER + FOLDER', a cell "
-            "such as orig50+syn1_50; repeatable."
+            help="none, crop_rotate, randaugment, cutmix, random_erasing, weak, oversample, NAME=FOLDER of accepted images, "
+            "NAME=FOLDER:amst, 'NAME=FOLDER + FOLDER', a cell such as orig50+syn1_50; repeatable."
         ),
     ],
     networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",
@@ -157,6 +157,13 @@ def grade(
     allow_untrusted: Annotated[
         bool, typer.Option("--allow-untrusted", help="Accept images whose maker may have seen the test patients.")
     ] = False,
+    head: Annotated[str, typer.Option(help="Last layer: linear, or coral for ordered classes.")] = "linear",
+    pretrained: Annotated[
+        list[str] | None, typer.Option(help="NETWORK=FILE, safetensors weights to start from; repeatable.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local or ray; both give the same rows.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Training runs side by side, each with one thread.")] = 1,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: one on this machine.")] = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -186,9 +193,29 @@ def grade(
         sources=source or [],
         real_fraction=real_fraction,
         allow_untrusted=allow_untrusted,
+        overrides={} if head == "linear" else {"head": head},
+        pretrained=_files_by_network(pretrained or []),
+        executor=executor,
+        workers=workers,
+        ray_address=ray_address,
         tracking=tracked_at(tracking_uri),
     )
-    show({"rows": result["rows"], "verdict": result["verdict"]}, as_json, _verdict_text(result, out))
+    show(result, as_json, _verdict_text(result, out))
+
+
+def _files_by_network(texts: list[str]) -> dict[str, Path]:
+    """NETWORK=FILE as the command line writes it.
+
+    Raises:
+        ConfigError: `pretrained-form`: no equals sign, or a network twice.
+    """
+    from medaug.errors import ConfigError
+
+    pairs = [text.partition("=") for text in texts]
+    files = {name: Path(path) for name, _, path in pairs}
+    if not all(name and path for name, _, path in pairs) or len(files) != len(texts):
+        raise ConfigError("pretrained-form", f"--pretrained takes NETWORK=FILE once per network, got {' '.join(texts)}.")
+    return files
 
 
 @app.command()

@@ -7,21 +7,22 @@ twice; a changed image, recipe or arm has another name and is trained anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset
 
 from medaug import __version__, storage
-from medaug.cohort import Case, Cohort
+from medaug.cohort import Cohort
 from medaug.errors import ConfigError, DataError
 from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
+from medaug.grading.executors import Failure, check_executor
+from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.recipe import recipe_content
 from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import Predictions, primary_metric
@@ -31,12 +32,11 @@ from medaug.training.amst import fit_amst
 from medaug.training.classifier import (
     ClassifierRecipe,
     FitResult,
-    LabelledImages,
     fit_classifier,
     predict_logits,
     seeded,
 )
-from medaug.training.data import CaseImages
+from medaug.training.steps import one_thread
 
 ROW_FORMAT = 1
 ROWS_FOLDER = "rows"
@@ -64,6 +64,7 @@ class Cell:
     recipe: ClassifierRecipe
     pairs: tuple[Pair, ...]
     key: Mapping[str, Any]
+    weights: Path | None = None
 
     @property
     def sha256(self) -> str:
@@ -72,9 +73,14 @@ class Cell:
 
 
 def plan_cells(
-    cohort: Cohort, arms: Sequence[Arm], networks: Sequence[str], seeds: Sequence[int], recipes: Mapping[str, ClassifierRecipe]
+    cohort: Cohort,
+    arms: Sequence[Arm],
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    recipes: Mapping[str, ClassifierRecipe],
+    weights: Mapping[str, Path] | None = None,
 ) -> list[Cell]:
-    """All cells, arm by arm; `recipes` maps a network to the recipe that every arm of it shares.
+    """All cells, arm by arm; `recipes` maps a network to the recipe that every arm of it shares, `weights` to its checkpoint.
 
     Raises:
         ConfigError: no network, no seed, repeats, or a network without a recipe.  DataError: an empty training or test split.
@@ -89,6 +95,8 @@ def plan_cells(
     if not cohort.test or not cohort.training:
         raise DataError("split-empty", "A benchmark needs training and test cases; run intake with another --split.")
     prepared = prepare_arms(arms, cohort)
+    _check_heads(prepared, recipes.values())
+    digests = {network: storage.sha256_file(path) for network, path in (weights or {}).items()}
     cells = []
     for arm in prepared:
         for seed in seeds:
@@ -98,8 +106,23 @@ def plan_cells(
                 recipe = replace(recipes[network], policy=arm.policy)
                 if mixture is not None:
                     mixture.batch_counts(recipe.batch_size)  # a batch too small for its shares shows before the first hour
-                cells.append(Cell(arm, network, seed, recipe, pairs, _cell_key(cohort, arm, pairs, network, seed, recipe)))
+                key = _cell_key(cohort, arm, pairs, network, seed, recipe)
+                key |= {"weights": digests[network]} if network in digests else {}
+                cells.append(Cell(arm, network, seed, recipe, pairs, key, (weights or {}).get(network)))
     return cells
+
+
+def _check_heads(arms: Sequence[Arm], recipes: Iterable[ClassifierRecipe]) -> None:
+    """AMST trains heads of its own.
+
+    Raises:
+        ConfigError: `head-amst`.
+    """
+    trained = [arm.name for arm in arms if arm.amst is not None]
+    if trained and any(recipe.head != "linear" for recipe in recipes):
+        raise ConfigError(
+            "head-amst", f"Arm {', '.join(trained)} trains by AMST, whose heads are linear; leave out the arm or the other head."
+        )
 
 
 def _cell_key(
@@ -127,12 +150,19 @@ def run_benchmark(
     recipes: Mapping[str, ClassifierRecipe],
     out: Path,
     *,
+    weights: Mapping[str, Path] | None = None,
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
     progress: bool = False,
     on_row: Callable[[Row], None] | None = None,
+    on_failed: Callable[[Row], None] = lambda row: None,
     tracking: MetricSink | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Row]:
     """Fill ``out/rows`` with one file per cell and return all rows, finished earlier or now, in the order of the cells.
+
+    The rows do not depend on the executor, the number of workers or the order in which cells were finished.
 
     Every arm meets the same initial weights per (network, seed), the same validation and test images, real ones only, and
     the same number of optimiser steps; arms that train by AMST bring their control with them (`with_view_controls`). The best
@@ -140,28 +170,49 @@ def run_benchmark(
 
     Args:
         recipes: network -> recipe; the arm sets its policy.
+        weights: network -> file that all its weights but the head's come from.
+        executor, workers, ray_address: see `medaug.grading.executors`.
         progress: show a bar on stderr with the time left, counted in optimiser steps.
         on_row: called with every row as soon as it is there.
+        on_failed: called with arm, network, seed, code and reason of a cell that has no row because its network or recipe
+            failed; the others go on, and another run tries it again.
 
     Raises:
         see `plan_cells`; StorageError: the folder is in use, the disk is full.
     """
-    cells = plan_cells(cohort, arms, networks, seeds, recipes)
+    execute = check_executor(executor, workers)
+    cells = plan_cells(cohort, arms, networks, seeds, recipes, weights)
     with storage.locked(out):
-        finished = {cell.sha256: _finished_row(out, cell) for cell in cells}
-        done = sum(cell.recipe.num_steps for cell in cells if finished[cell.sha256])
+        rows = [_finished_row(out, cell) for cell in cells]
+        done = sum(cell.recipe.num_steps for cell, row in zip(cells, rows, strict=True) if row)
         total = sum(cell.recipe.num_steps for cell in cells)
         bar = progress_bar("grading (steps)", total, done) if progress else nullcontext(lambda steps: None)
         with bar as advance:
-            images, rows = _Images(cohort), []
-            for cell in cells:
-                row = finished[cell.sha256] or _run_cell(cell, images, out, device, advance)
-                rows.append(row)
-                if tracking is not None:
-                    tracking.log_metrics(_tracked(row), row["seed"])
-                if on_row is not None:
-                    on_row(row)
-    return rows
+            for row in filter(None, rows):
+                _tell(row, on_row, tracking)
+            missing = [number for number, row in enumerate(rows) if row is None]
+            task = _Cells(cells, cohort, out / CACHE_FOLDER, device)
+            options = {"workers": workers, "ray_address": ray_address, "advance": lambda number, steps: advance(steps)}
+            with closing(execute(task, missing, **options)) as outcomes:  # type: ignore[type-var]
+                for number, outcome in outcomes:
+                    if isinstance(outcome, Failure):
+                        on_failed(_failed_row(cells[number], outcome))
+                        continue
+                    storage.write_json(out / ROWS_FOLDER / f"{cells[number].sha256}.json", outcome)
+                    rows[number] = outcome
+                    _tell(outcome, on_row, tracking)
+    return [row for row in rows if row is not None]
+
+
+def _tell(row: Row, on_row: Callable[[Row], None] | None, tracking: MetricSink | None) -> None:
+    if tracking is not None:
+        tracking.log_metrics(_tracked(row), row["seed"])
+    if on_row is not None:
+        on_row(row)
+
+
+def _failed_row(cell: Cell, failure: Failure) -> Row:
+    return {"arm": cell.arm.name, "network": cell.network, "seed": cell.seed, "code": failure.code, "reason": failure.reason}
 
 
 def _finished_row(out: Path, cell: Cell) -> Row | None:
@@ -174,47 +225,37 @@ def _finished_row(out: Path, cell: Cell) -> Row | None:
     return row
 
 
-class _Images:
-    """The images of one arm at a time, each decoded once."""
+@dataclass(frozen=True)
+class _Cells:
+    """The task of an executor: compute the row of one cell. What it has decoded it keeps for the next, and never sends."""
 
-    def __init__(self, cohort: Cohort) -> None:
-        self.cohort = cohort
-        self._held_out: dict[str, LabelledImages] = {}
-        self._unlabelled: tuple[str, LabelledImages] | None = None
-        self._pool: tuple[tuple[str, ...], dict[tuple[str, str], int], LabelledImages] | None = None
+    cells: Sequence[Cell]
+    cohort: Cohort
+    cache: Path
+    device: str | torch.device
+    images: list[GradedImages] = field(default_factory=list, compare=False)
 
-    def split(self, name: str) -> LabelledImages | None:
-        cases = self.cohort.split(name)
-        if cases and name not in self._held_out:
-            self._held_out[name] = LabelledImages(CaseImages(self.cohort, cases))
-        return self._held_out.get(name)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"images": []}
 
-    def unlabelled(self, cohort: Cohort | None) -> LabelledImages | None:
-        if cohort is None:
-            return None
-        if self._unlabelled is None or self._unlabelled[0] != cohort.content_sha256:
-            self._unlabelled = cohort.content_sha256, LabelledImages(CaseImages(cohort, cohort.training))
-        return self._unlabelled[1]
-
-    def training(self, pairs: Sequence[Pair]) -> LabelledImages:
-        unique = {(owner.content_sha256, case.id): (owner, case) for owner, case in pairs}
-        signature = tuple(sorted(f"{sha}/{case_id}" for sha, case_id in unique))
-        if self._pool is None or self._pool[0] != signature:
-            self._pool = None  # free the last arm's images before this one's are read
-            by_owner: dict[str, tuple[Cohort, list[Case]]] = {}
-            for owner, case in unique.values():
-                by_owner.setdefault(owner.content_sha256, (owner, []))[1].append(case)
-            parts = [CaseImages(owner, cases) for owner, cases in by_owner.values()]
-            names = [(sha, case.id) for sha, (_, cases) in by_owner.items() for case in cases]
-            self._pool = signature, {name: place for place, name in enumerate(names)}, LabelledImages(ConcatDataset(parts))
-        _, places, images = self._pool
-        return images.select([places[owner.content_sha256, case.id] for owner, case in pairs])
+    def __call__(self, number: int, advance: Callable[[int], None]) -> Row:
+        if not self.images:
+            self.images.append(GradedImages(self.cohort, self.cache))
+        with one_thread():  # so that rows do not depend on the cores; cells side by side use those better than threads do
+            return _run_cell(self.cells[number], self.images[0], self.device, advance)
 
 
-def _run_cell(cell: Cell, images: _Images, out: Path, device: str | torch.device, advance: Callable[[int], None]) -> Row:
+def _run_cell(cell: Cell, images: GradedImages, device: str | torch.device, advance: Callable[[int], None]) -> Row:
     cohort, key = images.cohort, ("grading", cell.network, cell.seed)
     with seeded(*key, "init"):
-        network = build_network(cell.network, len(cohort.classes), cohort.channels, cohort.image_size)
+        network = build_network(
+            cell.network,
+            len(cohort.classes),
+            cohort.channels,
+            cohort.image_size,
+            head=cell.recipe.head,
+            pretrained=cell.weights,
+        )
     reached = 0
 
     def report(entry: Mapping[str, Any]) -> None:
@@ -230,14 +271,13 @@ def _run_cell(cell: Cell, images: _Images, out: Path, device: str | torch.device
     for split in ("test", "validation"):
         held_out = images.split(split)
         row[split] = None if held_out is None else _score(cohort, split, predict_logits(network, held_out, device=device))
-    storage.write_json(out / ROWS_FOLDER / f"{cell.sha256}.json", row)
     return row
 
 
 def _train(
     cell: Cell,
     network: torch.nn.Module,
-    images: _Images,
+    images: GradedImages,
     key: tuple[str | int, ...],
     device: str | torch.device,
     report: Callable[[Mapping[str, Any]], None],

@@ -44,6 +44,10 @@ def grade(
     amst: Mapping[str, Any] | None = None,
     real_fraction: float = 1.0,
     sources: Sequence[str] = (),
+    pretrained: Mapping[str, Path] | None = None,
+    executor: str = "local",
+    workers: int = 1,
+    ray_address: str | None = None,
     device: str | torch.device = "cpu",
     num_resamples: int = 10_000,
     command: str = "",
@@ -65,12 +69,15 @@ def grade(
         amst: fields of `AmstRecipe` to change, for all arms that train by it.
         real_fraction: of the real training images that every arm keeps which does not say its own, `none` too.
         sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name.
+        pretrained: network -> safetensors file that its weights but the head's come from; the report says so.
+        executor, workers, ray_address: where cells are computed, see `medaug.grading.executors`; the rows do not depend on it.
         command: what the report says it was made with; no personal paths.
         tracking: a run that takes `log_metrics`.
 
     Returns:
-        {"rows": [one flat summary per cell], "verdict": {arm: {...}}}; out/ holds rows/, rows.csv, table.csv, table.md,
-        verdict.json, comparison.png and report.html.
+        {"rows": [one flat summary per cell], "verdict": {arm: {...}}, "failed": [arm, network, seed, code and reason of every
+        cell without a row]}; out/ holds rows/, rows.csv, table.csv, table.md, verdict.json, comparison.png and report.html.
+        A network with a failed cell is left out of the verdict, and the verdict's warnings say so.
 
     Raises:
         ConfigError: unknown arm, network, profile; no `none` arm.  DataError: unusable cohort.  LeakageError: an arm saw
@@ -92,18 +99,66 @@ def grade(
     if BASELINE not in [arm.name for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     recipes = {name: grading_recipe(profile, name, overrides) for name in names}
-    _check_networks(names, cohort)
-    rows = run_benchmark(
-        cohort, arms, names, which, recipes, out, progress=progress, on_row=on_row, tracking=tracking, device=device
+    weights = _checked_weights(pretrained, names)
+    unfit = _unfit_networks(names, cohort, weights, arms, which)
+    fit = [name for name in names if name not in {row["network"] for row in unfit}]
+    failed = list(unfit)
+    graded = run_benchmark(
+        cohort,
+        arms,
+        fit,
+        which,
+        {name: recipes[name] for name in fit},
+        out,
+        weights=weights,
+        executor=executor,
+        workers=workers,
+        ray_address=ray_address,
+        progress=progress,
+        on_row=on_row,
+        on_failed=failed.append,
+        tracking=tracking,
+        device=device,
     )
+    without = {row["network"] for row in failed}
+    rows = [row for row in graded if row["network"] not in without]
+    if not rows:
+        raise ConfigError("nothing-graded", f"No network could be graded: {failed[0]['reason']}")
     predictions = predictions_of(cohort, rows)
-    notes = [*_notes(cohort, arms), *_inert(rows)]
+    notes = [*_notes(cohort, arms), *_inert(rows), *_left_out(failed), *_pretrained_notes(weights)]
     verdict = judge(
         predictions, ordinal=cohort.ordinal, notes=notes, view_controls=view_controls(arms), num_resamples=num_resamples
     )
     storage.write_json(out / VERDICT_NAME, verdict)
     write_report(out, cohort, rows, verdict, command=command, profile=profile)
-    return {"rows": [summary_of(row) for row in rows], "verdict": verdict}
+    return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
+
+
+def _left_out(failed: Sequence[Row]) -> list[str]:
+    """One sentence per network that the verdict does not rest on."""
+    reasons = {row["network"]: row["reason"] for row in reversed(failed)}
+    return [f"{name} is left out of the verdict: {reason}" for name, reason in sorted(reasons.items())]
+
+
+def _pretrained_notes(weights: Mapping[str, Path]) -> list[str]:
+    names = ", ".join(sorted(weights))
+    return [f"The weights of {names} come from a file; nothing shows that they never saw the test patients."] if weights else []
+
+
+def _checked_weights(pretrained: Mapping[str, Path] | None, names: Sequence[str]) -> dict[str, Path]:
+    """Checkpoint files by network.
+
+    Raises:
+        ConfigError: `pretrained-unused`, `weights-missing`.
+    """
+    weights = {name: Path(path) for name, path in (pretrained or {}).items()}
+    unused = sorted(weights.keys() - set(names))
+    if unused:
+        raise ConfigError("pretrained-unused", f"Weights are given for {', '.join(unused)}, but --networks does not name it.")
+    for name, path in weights.items():
+        if not path.is_file():
+            raise ConfigError("weights-missing", f"The weights file {path.name} of {name} is not there; check --pretrained.")
+    return weights
 
 
 def _asked_for(arm_specs: Sequence[str]) -> list[str]:
@@ -141,12 +196,24 @@ def _inert(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _check_networks(names: Sequence[str], cohort: Cohort) -> None:
-    """Build every network once before the first hour of training: a wrong name or image size shows now.
+def _unfit_networks(
+    names: Sequence[str], cohort: Cohort, weights: Mapping[str, Path], arms: Sequence[Arm], seeds: Sequence[int]
+) -> list[Row]:
+    """Build every network once before the first hour of training; a failed row for each cell of one that this image size does not suit.
 
     Raises:
-        ConfigError: see `medaug.networks.grading.build_network`.
+        ConfigError: any other fault, such as a wrong name or a checkpoint of another network, or no network is left.
     """
+    failed: list[Row] = []
     for name in names:
-        with seeded("check", name):
-            build_network(name, len(cohort.classes), cohort.channels, cohort.image_size)
+        try:
+            with seeded("check", name):
+                build_network(name, len(cohort.classes), cohort.channels, cohort.image_size, pretrained=weights.get(name))
+        except ConfigError as error:
+            if error.code != "network-image-size" or len(names) == 1:
+                raise
+            fault: Row = {"network": name, "code": error.code, "reason": error.message}
+            failed += [{"arm": arm.name, "seed": seed} | fault for arm in arms for seed in seeds]
+    if names and len({row["network"] for row in failed}) == len(names):
+        raise ConfigError("network-image-size", f"No network can take these images: {failed[0]['reason']}")
+    return failed

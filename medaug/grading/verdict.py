@@ -3,8 +3,12 @@
 An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
 that repeats real images, both also after Holm's correction over the arms. An arm that shows its images through views of its
 own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against plain
-training lies below 0. Both ask every seed to agree on the sign. Everything else is "no evidence", which is not "no
-effect".
+training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign. Everything else is "no evidence",
+which is not "no effect".
+
+The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
+luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
+may deserve another one.
 """
 
 from __future__ import annotations
@@ -17,7 +21,14 @@ from typing import Any
 import numpy as np
 
 from medaug.errors import ConfigError, DataError
-from medaug.grading.statistics import PairedDifference, bootstrap_scores, compare_scores, holm, wilcoxon_networks
+from medaug.grading.statistics import (
+    PairedDifference,
+    bootstrap_scores,
+    compare_scores,
+    holm,
+    wilcoxon_networks,
+    with_training_luck,
+)
 
 BASELINE = "none"
 CONTROL = "oversample"
@@ -108,10 +119,17 @@ def judge(
     }
     pooled = {arm: np.mean([scores[arm, network] for network in predictions.networks], axis=0) for arm in predictions.arms}
     judged = [arm for arm in predictions.arms if arm != BASELINE]
-    against_none = {arm: compare_scores(pooled[arm], pooled[BASELINE]) for arm in judged}
+    by_seed = {arm: _seed_scores(predictions, arm, metric) for arm in predictions.arms}
+    num_groups = len(set(predictions.groups))
+
+    def compare(arm: str, other: str) -> PairedDifference:
+        result = compare_scores(pooled[arm], pooled[other])
+        return with_training_luck(result, _minus(by_seed[arm], by_seed[other]), num_groups)
+
+    against_none = {arm: compare(arm, BASELINE) for arm in judged}
     has_control = CONTROL in predictions.arms
-    against_control = {arm: compare_scores(pooled[arm], pooled[CONTROL]) for arm in judged if has_control and arm != CONTROL}
-    own_views = {arm: compare_scores(pooled[arm], pooled[other]) for arm, other in _known(view_controls, predictions).items()}
+    against_control = {arm: compare(arm, CONTROL) for arm in judged if has_control and arm != CONTROL}
+    own_views = {arm: compare(arm, other) for arm, other in _known(view_controls, predictions).items()}
     holm_views = holm({arm: result.p_value for arm, result in own_views.items()})
     holm_none = holm({arm: result.p_value for arm, result in against_none.items()})
     holm_control = holm({arm: result.p_value for arm, result in against_control.items()})
@@ -119,15 +137,14 @@ def judge(
     verdicts: dict[str, dict[str, Any]] = {}
     for arm in judged:
         control, views = against_control.get(arm), own_views.get(arm)
-        seeds = _seed_differences(predictions, arm, metric)
-        # The interval covers the choice of test patients, not the luck of training: seeds that disagree are no evidence.
+        seeds = _minus(by_seed[arm], by_seed[BASELINE])
         helped = (
             _above(against_none[arm], holm_none[arm])
             and (control is None or _above(control, holm_control[arm]))
             and (views is None or _above(views, holm_views[arm]))
             and min(seeds) > 0
         )
-        harmed = against_none[arm].high < 0 and max(seeds) < 0
+        harmed = against_none[arm].high < 0 and holm_none[arm] < SIGNIFICANCE and max(seeds) < 0
         verdict = "helps" if helped else "harms" if harmed else "no evidence"
         networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
         verdicts[arm] = {
@@ -164,15 +181,18 @@ def _above(result: PairedDifference, p_holm: float) -> bool:
     return result.low > 0 and p_holm < SIGNIFICANCE
 
 
-def _seed_differences(predictions: Predictions, arm: str, metric: str) -> list[float]:
-    """Arm minus baseline for each seed, mean over networks: how much the verdict owes to chance in training."""
+def _seed_scores(predictions: Predictions, arm: str, metric: str) -> list[float]:
+    """The arm's score for each seed, mean over networks: how much a verdict owes to chance in training."""
 
-    def score(name: str, index: int) -> float:
-        runs = np.stack([predictions.probs[name, network][index] for network in predictions.networks])
+    def score(index: int) -> float:
+        runs = np.stack([predictions.probs[arm, network][index] for network in predictions.networks])
         return float(bootstrap_scores(predictions.target, predictions.groups, runs, metric, num_resamples=0)[0])
 
-    num_seeds = len(next(iter(predictions.probs.values())))
-    return [score(arm, index) - score(BASELINE, index) for index in range(num_seeds)]
+    return [score(index) for index in range(len(next(iter(predictions.probs.values()))))]
+
+
+def _minus(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [score - other for score, other in zip(scores, others, strict=True)]
 
 
 def _validation_difference(predictions: Predictions, arm: str) -> float | None:
@@ -189,6 +209,10 @@ def _warnings(predictions: Predictions, known: Sequence[str], has_control: bool)
     num_groups = len(set(predictions.groups))
     if num_groups < FEW_GROUPS:
         notes.append(f"The test split has only {num_groups} groups; intervals from so few are rough.")
+    if len(next(iter(predictions.probs.values()))) < 2:
+        notes.append(
+            "One seed shows nothing of the luck of training, which the interval leaves out; grade with at least 3 seeds."
+        )
     if not has_control:
         notes.append(
             f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones; add --arm {CONTROL}."

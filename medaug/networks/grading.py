@@ -1,21 +1,21 @@
-"""Networks that grade: a plain CNN, a ResNet-18 fit for small images, and any classifier of timm by its name."""
+"""Networks that grade: a plain CNN, ten networks fit for small images, and any other classifier of timm by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from medaug.errors import ConfigError
+from medaug.networks import small_images
+from medaug.networks.ordinal import HEADS
+from medaug.networks.pretrained import load_pretrained
 
 Builder = Callable[[int, int, int], nn.Module]
-
-# Measured on timm 1.0.31: below this side a network has no pixels left.
-_SMALLEST_SIDE = {"inception_v3": 75}
 
 
 class SimpleCNN(nn.Module):
@@ -59,90 +59,108 @@ class SimpleCNN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _simple_cnn(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+def _simple_cnn_builder(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     return SimpleCNN(num_classes, in_channels)
 
 
-def _resnet18(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """ResNet-18 whose first residual stage sees 16x16 positions at 32 and at 64 px.
-
-    The 7x7 stem of stride 2 leaves 1x1 of a 32 px image. Up to 64 px a 3x3 stem takes its place: of stride 1 up to 32 px, of
-    stride 2 above. The max-pooling stays: without it every step costs four times as much.
-    """
-    network = _from_timm("resnet18", num_classes, in_channels, image_size)
-    if image_size <= 64:
-        stem = nn.Conv2d(in_channels, 64, 3, stride=1 if image_size <= 32 else 2, padding=1, bias=False)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        network.conv1 = stem
-    return network
-
-
-def _from_timm(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """A timm model with random weights; networks that fix their input size are told it."""
-    options: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
-    if image_size < _SMALLEST_SIDE.get(name, 1):
-        raise ConfigError(
-            "network-image-size", f"{name} needs images of at least {_SMALLEST_SIDE[name]} px, this cohort has {image_size} px."
-        )
-    try:
-        if _takes_image_size(name):
-            options["img_size"] = image_size
-        network: nn.Module = timm.create_model(name, **options)
-    except (AssertionError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ConfigError(
-            "network-image-size",
-            f"{name} cannot be built for images of {image_size} px with {in_channels} channels ({error}); "
-            "choose another network or image_size.",
-        ) from error
-    return network
-
-
-def _takes_image_size(name: str) -> bool:
-    """True for models that are built for one input size, such as transformers: they have an `img_size` argument."""
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return config is not None and bool(config.fixed_input_size)
-
-
-NETWORKS: dict[str, Builder] = {
-    "simple_cnn": _simple_cnn,
-    "resnet18": _resnet18,
-    **{
-        name: partial(_from_timm, name)
-        for name in (
-            "resnet50",
-            "vgg16_bn",
-            "densenet121",
-            "inception_v3",
-            "resnext50_32x4d",
-            "mobilenetv2_100",
-            "efficientnet_b0",
-            "vit_small_patch16_224",
-            "swin_tiny_patch4_window7_224",
-        )
-    },
+_ADAPTED: dict[str, Callable[[str, int, int, int], nn.Module]] = {
+    "resnet18": small_images.resnet,
+    "resnet50": small_images.resnet,
+    "vgg16_bn": small_images.vgg,
+    "densenet121": small_images.densenet,
+    "inception_v3": small_images.inception_v3,
+    "resnext50_32x4d": small_images.resnet,
+    "mobilenetv2_100": small_images.efficient,
+    "efficientnet_b0": small_images.efficient,
+    "vit_small_patch16_224": small_images.vit,
+    "swin_tiny_patch4_window7_224": small_images.swin,
+}
+_FURTHER: dict[str, Callable[[str, int, int, int], nn.Module]] = {
+    "resnet34": small_images.resnet,
+    "vgg16": small_images.vgg,
+    "swinv2_tiny_window8_256": small_images.swin_v2,
+    "convnext_tiny": small_images.convnext,
 }
 
+TEN_NETWORKS = tuple(_ADAPTED)
+# name -> builder: simple_cnn and the ten, which `all` means.
+NETWORKS: dict[str, Builder] = {
+    "simple_cnn": _simple_cnn_builder,
+    **{name: partial(build, name) for name, build in _ADAPTED.items()},
+}
+# Further networks that are fit for small images; any other model of timm is built as published.
+FURTHER_NETWORKS: dict[str, Builder] = {name: partial(build, name) for name, build in _FURTHER.items()}
 
-def build_network(name: str, num_classes: int, in_channels: int = 1, image_size: int = 224) -> nn.Module:
-    """A classifier with random weights: images (B, C, H, W) in [-1, 1] -> logits (B, K).
 
-    Args:
-        name: a key of `NETWORKS`, or any other model of timm.
-        num_classes: K.
-        in_channels: channels of the image.
-        image_size: side in pixels; decides the stem of resnet18 and the grid of transformers.
+def _builder(name: str) -> Builder:
+    """The builder of a name.
 
     Raises:
-        ConfigError: an unknown name, or a network that cannot take images of this size.
+        ConfigError: `network-unknown`.
     """
     if name in NETWORKS:
-        return NETWORKS[name](num_classes, in_channels, image_size)
+        return NETWORKS[name]
+    if name in FURTHER_NETWORKS:
+        return FURTHER_NETWORKS[name]
     if timm.is_model(name):
-        return _from_timm(name, num_classes, in_channels, image_size)
+        return partial(small_images.from_timm, name)
     raise ConfigError(
         "network-unknown",
-        f"There is no network {name!r}; choose one of {', '.join(NETWORKS)}, or another model of timm by its exact name.",
+        f"There is no network {name!r}; choose one of {', '.join([*NETWORKS, *FURTHER_NETWORKS])}, or another model of timm by its "
+        "exact name.",
     )
+
+
+def build_network(
+    name: str,
+    num_classes: int,
+    in_channels: int = 1,
+    image_size: int = 224,
+    *,
+    head: str = "linear",
+    pretrained: Path | None = None,
+) -> nn.Module:
+    """A classifier: images (B, C, H, W) in [-1, 1] -> logits (B, K).
+
+    Args:
+        name: a key of `NETWORKS` or `FURTHER_NETWORKS`, or any other model of timm.
+        num_classes: K.
+        in_channels: channels of the image.
+        image_size: side in pixels; decides stems, patches and windows, see `medaug.networks.small_images`.
+        head: "linear", or "coral" for ordered classes, see `medaug.networks.ordinal`.
+        pretrained: safetensors file that all but the head comes from, see `medaug.networks.pretrained`; None draws weights.
+
+    Raises:
+        ConfigError: an unknown name or head, a network that cannot take images of this size, a file of another network.
+    """
+    build = _builder(name)
+    if head not in HEADS:
+        raise ConfigError("head-unknown", f"The head of a network must be one of {', '.join(HEADS)}, got {head!r}.")
+    if pretrained is None:
+        network = build(num_classes, in_channels, image_size)
+    else:
+        network = load_pretrained(name, build, pretrained, num_classes, in_channels, image_size)
+    _check_takes(name, network, in_channels, image_size)
+    return HEADS[head](network, num_classes)
+
+
+def _check_takes(name: str, network: nn.Module, in_channels: int, image_size: int) -> None:
+    """Send one black image through: a network that has no pixels left of it is refused before any training.
+
+    Raises:
+        ConfigError: `network-image-size`.
+    """
+    was_training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, in_channels, image_size, image_size))
+    except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(
+            "network-image-size",
+            f"{name} cannot take images of {image_size} px with {in_channels} channels ({error}); choose another network or image_size.",
+        ) from error
+    finally:
+        network.train(was_training)
 
 
 def penultimate(network: nn.Module, x: Tensor) -> Tensor:

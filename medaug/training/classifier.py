@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
-from medaug.training.mixture import Mixture, weighted_cross_entropy
+from medaug.networks.ordinal import LOSSES
+from medaug.training.mixture import Mixture
 from medaug.training.steps import batch_indices, class_weights, rate_factor
-from medaug.transforms.policies import apply_policy, check_policy
+from medaug.transforms.policies import Augmented, augment_batch, check_policy
 
 CACHE_BYTES = 200 * 2**20
 _LEVELS = 65535  # cohort images have 8 or 16 bits, so 16 bits hold them without loss
@@ -40,6 +40,7 @@ __all__ = [
     "LabelledImages",
     "confusion_counts",
     "fit_classifier",
+    "image_levels",
     "in_memory",
     "macro_f1",
     "predict_logits",
@@ -58,6 +59,7 @@ class ClassifierRecipe:
         weight_decay: of AdamW, for all parameters.
         evaluate_every: validation after this many steps, and after the last; the best macro-F1 is kept (ties: the later).
         policy: classic augmentation of the training images, a name in `medaug.transforms.policies.POLICIES`.
+        head: of the network, a name in `medaug.networks.ordinal.HEADS`; decides the loss.
         class_balanced: weight the loss by the inverse class frequency of the training set.
         label_smoothing: of the cross-entropy.
         max_grad_norm: gradients are clipped to this norm.
@@ -75,9 +77,11 @@ class ClassifierRecipe:
     label_smoothing: float = 0.0
     max_grad_norm: float = 1.0
     real_share: float | None = None
+    head: str = "linear"
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
+        _require(self.head in LOSSES, "head", f"one of {', '.join(LOSSES)}", self.head)
         for name in ("num_steps", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("learning_rate", "max_grad_norm"):
@@ -118,6 +122,12 @@ def seeded(*key: object, device: str | torch.device = "cpu") -> Iterator[None]:
         yield
 
 
+def image_levels(image: Tensor) -> np.ndarray:
+    """An image in [-1, 1] as 16-bit levels of the same shape; values outside are clipped."""
+    unit = (image.to(torch.float32).numpy() + 1) / 2
+    return np.rint(unit.clip(0, 1) * _LEVELS).astype(np.uint16)
+
+
 class LabelledImages(Dataset[dict[str, Any]]):
     """A data set decoded once into memory (16 bits per value) if it is small, else read item by item.
 
@@ -147,12 +157,11 @@ class LabelledImages(Dataset[dict[str, Any]]):
 
     def _read(self, position: int) -> tuple[np.ndarray, int]:
         item = self._dataset[position]
-        unit = (item["image"].to(torch.float32).numpy() + 1) / 2
-        return np.rint(unit.clip(0, 1) * _LEVELS).astype(np.uint16), int(item["label"])
+        return image_levels(item["image"]), int(item["label"])
 
     def select(self, positions: Sequence[int]) -> LabelledImages:
         """A view with these positions, repeats allowed; shares the memory."""
-        view = object.__new__(LabelledImages)
+        view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
         view._positions = self._positions[np.asarray(positions, dtype=np.int64)]
         return view
@@ -172,7 +181,12 @@ class LabelledImages(Dataset[dict[str, Any]]):
         else:
             items = [self._read(int(position)) for position in positions]
             pixels, labels = np.stack([image for image, _ in items]), np.array([label for _, label in items], dtype=np.int64)
-        return torch.from_numpy(pixels.astype(np.float32) / np.float32(_LEVELS) * 2 - 1), torch.from_numpy(labels)
+        return self.network_values(pixels), torch.from_numpy(labels)
+
+    @staticmethod
+    def network_values(pixels: np.ndarray) -> Tensor:
+        """The inverse of `image_levels`: float32 in [-1, 1]."""
+        return torch.from_numpy(pixels.astype(np.float32) / np.float32(_LEVELS) * 2 - 1)
 
     def labels(self) -> np.ndarray:
         """All labels, shape (N,); reads every image once if the data set is lazy."""
@@ -273,26 +287,24 @@ def _update_function(
 ) -> Callable[[Engine, int], float]:
     """One optimiser step as an ignite process function; its batch is the 0-based step."""
     weights: Tensor | None = None
-    change = augment or partial(apply_policy, recipe.policy)
+    change = partial(augment_batch, recipe.policy) if augment is None else lambda x, keys: Augmented(augment(x, keys))
+    loss_of = LOSSES[recipe.head]
 
     def update(engine: Engine, step: int) -> float:
         nonlocal weights
         indices = indices_of(step)
         x, target = images.batch(indices)
         x, target = x.to(device), target.to(device)
-        x = change(x, [(*key, "policy", step, position) for position in range(len(x))])
+        augmented = change(x, [(*key, "policy", step, position) for position in range(len(x))])
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate_factor(step, recipe)
         network.train()
         with seeded(*key, "dropout", step, device=device):
-            logits = network(x)
+            logits = network(augmented.images)
         if recipe.class_balanced and weights is None:
             weights = class_weights(images.labels(), logits.shape[1]).to(device)
-        if importance is None:
-            loss = functional.cross_entropy(logits, target, weight=weights, label_smoothing=recipe.label_smoothing)
-        else:
-            counts = torch.from_numpy(importance[indices]).to(device)
-            loss = weighted_cross_entropy(logits, target, counts, class_weight=weights, label_smoothing=recipe.label_smoothing)
+        counts = None if importance is None else torch.from_numpy(importance[indices]).to(device)
+        loss = augmented.loss(loss_of, logits, target, counts, weight=weights, label_smoothing=recipe.label_smoothing)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ConfigError(

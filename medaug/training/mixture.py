@@ -1,4 +1,4 @@
-"""Batches and losses of a training set mixed from several sources: fixed shares of every batch, a weight for every loss."""
+"""Training sets mixed from several sources: fixed shares of every batch, a weight for every image."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from medaug.errors import ConfigError
 from medaug.training.steps import EndlessOrder, Key
 
 _TOLERANCE = 1e-9
 
-__all__ = ["Mixture", "weighted_cross_entropy"]
+__all__ = ["Mixture"]
 
 
 @dataclass(frozen=True)
@@ -98,17 +95,3 @@ class Mixture:
         if all(value == 1 for value in self.weights.values()):
             return None
         return np.array([self.weights.get(name, 1.0) for name in self.source], dtype=np.float32)
-
-
-def weighted_cross_entropy(
-    logits: Tensor, target: Tensor, importance: Tensor, *, class_weight: Tensor | None = None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Mean cross-entropy in which image i counts `importance[i]` times; with equal importance torch's own mean.
-
-    Args:
-        logits: (B, K).  target: (B,) int64.  importance: (B,), not negative, not all 0.
-        class_weight: (K,), as of `torch.nn.functional.cross_entropy`.
-    """
-    losses = functional.cross_entropy(logits, target, weight=class_weight, label_smoothing=label_smoothing, reduction="none")
-    counted = importance if class_weight is None else importance * class_weight[target]
-    return torch.sum(importance * losses) / counted.sum()

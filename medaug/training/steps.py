@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,21 @@ if TYPE_CHECKING:
 
 Key = tuple[Hashable, ...]
 
-__all__ = ["EndlessOrder", "batch_indices", "class_weights", "rate_factor"]
+__all__ = ["EndlessOrder", "batch_indices", "class_weights", "one_thread", "rate_factor"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch in the block, the former number after it.
+
+    A sum over several threads is ordered by their number, so results of two threads differ from those of one in the last digits.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class EndlessOrder:

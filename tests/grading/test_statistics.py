@@ -201,3 +201,28 @@ def test_refusals():
         statistics.bootstrap_scores(target, np.arange(59), probs[None], "accuracy")
     with pytest.raises(DataError, match="predictions-invalid"):
         statistics.classification_metrics(target[:5], probs, ordinal=False)
+
+
+def test_seeds_and_patients_add_up_to_one_interval():
+    """By hand: three seeds of variance 0.0003, 0.0001 for their mean, and as much from the patients of 41 groups."""
+    bootstrap = statistics.PairedDifference(0.03, 0.011, 0.049, 0.002, 0.8, 0.77, 1000, patient_std=0.01)
+    seeds = [0.03 - math.sqrt(0.0003), 0.03, 0.03 + math.sqrt(0.0003)]
+    result = statistics.with_training_luck(bootstrap, seeds, 41)
+    freedom = 0.0002**2 / (0.0001**2 / 2 + 0.0001**2 / 40)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(0.0002)
+    assert (result.low, result.high) == pytest.approx((0.03 - half, 0.03 + half))
+    assert result.p_value == pytest.approx(2 * stats.t.sf(0.03 / math.sqrt(0.0002), freedom))
+    assert (result.difference, result.score_a) == (0.03, 0.8)
+
+
+@given(st.lists(st.floats(-0.2, 0.2), min_size=1, max_size=6), st.floats(0, 0.1), st.integers(2, 200))
+@settings(deadline=None, max_examples=50)
+def test_training_luck_only_takes_evidence_away(seeds, patient_std, num_groups):
+    mean = float(np.mean(seeds))
+    before = statistics.PairedDifference(
+        mean, mean - patient_std, mean + 2 * patient_std, 0.04, 0.5, 0.5 - mean, 100, patient_std=patient_std
+    )
+    after = statistics.with_training_luck(before, seeds, num_groups)
+    assert after.low <= before.low and after.high >= before.high and 0.04 <= after.p_value <= 1
+    if len(seeds) == 1:
+        assert after == before

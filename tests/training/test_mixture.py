@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError
+from medaug.networks.ordinal import weighted_cross_entropy
 from medaug.training.classifier import ClassifierRecipe, LabelledImages, fit_classifier, seeded
-from medaug.training.mixture import Mixture, weighted_cross_entropy
+from medaug.training.mixture import Mixture
 
 SOURCE = ("real",) * 6 + ("a",) * 4 + ("b",) * 20
 RECIPE = ClassifierRecipe(num_steps=6, batch_size=8, evaluate_every=3, policy="weak")
@@ -71,11 +72,11 @@ def test_an_image_of_weight_two_counts_like_two(smoothing, class_weight):
     importance = torch.tensor([2.0, 1.0, 0.0, 1.0, 3.0])
     repeated = torch.tensor([0, 0, 1, 3, 4, 4, 4])
     options = {"label_smoothing": smoothing}
-    found = weighted_cross_entropy(logits, target, importance, class_weight=class_weight, **options)
+    found = weighted_cross_entropy(logits, target, weight=class_weight, importance=importance, **options)
     assert found == pytest.approx(
         float(functional.cross_entropy(logits[repeated], target[repeated], weight=class_weight, **options)), rel=1e-5
     ) or (smoothing and class_weight is not None)
-    even = weighted_cross_entropy(logits, target, torch.ones(5), class_weight=class_weight, **options)
+    even = weighted_cross_entropy(logits, target, weight=class_weight, importance=torch.ones(5), **options)
     torch.testing.assert_close(even, functional.cross_entropy(logits, target, weight=class_weight, **options))
 
 

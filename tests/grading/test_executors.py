@@ -1,0 +1,186 @@
+"""Executors: every task once, whatever dies; the same rows from all of them; nothing left running."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from executor_tasks import always_dies, dies_once, fails, square
+
+from medaug.errors import ConfigError, StorageError
+from medaug.grading.arms import Arm
+from medaug.grading.benchmark import run_benchmark
+from medaug.grading.executors import EXECUTORS, Failure, check_executor, usable_cores
+from medaug.grading.recipe import grading_recipe
+from medaug.training.steps import one_thread
+
+LINUX = sys.platform == "linux"
+CORES = len(usable_cores())
+
+
+def run(task, numbers, workers=1, executor="local"):
+    steps = {}
+
+    def advance(number, more):
+        steps[number] = steps.get(number, 0) + more
+
+    return dict(EXECUTORS[executor](task, numbers, workers=workers, advance=advance)), steps
+
+
+def test_one_worker_runs_here_and_goes_on_after_a_refusal():
+    outcomes, steps = run(square, [1, 3, 4])
+    assert outcomes == {1: (1, CORES), 3: Failure("three", "Three does not suit."), 4: (16, CORES)}
+    assert steps == {1: 1, 3: 3, 4: 4}
+    with pytest.raises(StorageError, match="disk-full"):
+        run(fails, [0])
+
+
+def test_one_thread_comes_back():
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(torch_threads)
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="local, ray"):
+        check_executor("slurm", 1)
+    with pytest.raises(ConfigError, match="at least 1"):
+        check_executor("local", 0)
+
+
+def test_workers_do_every_task_once_each_on_its_core(tmp_path):
+    outcomes, steps = run(square, [1, 3, 4], workers=2)
+    cores = 1 if LINUX and CORES >= 2 else CORES
+    assert outcomes == {1: (1, cores), 3: Failure("three", "Three does not suit."), 4: (16, cores)}
+    assert steps == {1: 1, 3: 3, 4: 4}
+
+
+def test_the_task_of_a_killed_worker_is_done_again(tmp_path):
+    outcomes, steps = run(partial(dies_once, str(tmp_path)), [0, 1, 2, 3], workers=2)
+    assert outcomes == {number: number for number in range(4)}
+    assert steps == dict.fromkeys(range(4), 10)  # the steps of the lost attempt are taken back
+
+
+def test_what_is_lost_again_and_again_or_fails_stops_everything():
+    with pytest.raises(StorageError, match="worker-lost"):
+        run(always_dies, [0, 1], workers=2)
+    with pytest.raises(StorageError, match="disk-full"):
+        run(fails, [0, 1], workers=2)
+
+
+DRIVER = """
+import sys
+from functools import partial
+from executor_tasks import sleeps
+from medaug.grading.executors import EXECUTORS
+if __name__ == "__main__":
+    list(EXECUTORS["local"](partial(sleeps, sys.argv[1]), [0, 1], workers=2, advance=lambda number, steps: None))
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_workers_do_not_outlive_their_driver(tmp_path, blow):
+    script, started = tmp_path / "driver.py", tmp_path / "started"
+    script.write_text(DRIVER)
+    started.mkdir()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    words = [sys.executable, str(script), str(started)]
+    driver = subprocess.Popen(words, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    _until(lambda: len(list(started.iterdir())) == 2 or driver.poll() is not None)
+    assert driver.poll() is None, driver.stderr.read()
+    if blow == signal.SIGINT:
+        os.killpg(driver.pid, blow)  # as the terminal does
+    else:
+        driver.send_signal(blow)
+    _, message = driver.communicate(timeout=60)
+    _until(lambda: not _members(driver.pid), 60)
+    if blow == signal.SIGINT:
+        assert message.count(b"Traceback") == 1 and b"KeyboardInterrupt" in message  # the driver's alone
+
+
+def grid(cohort, out, executor="local", workers=1, steps=6):
+    recipes = {
+        name: grading_recipe("tiny", name, {"num_steps": steps, "evaluate_every": 3}) for name in ("simple_cnn", "test_resnet")
+    }
+    arms = [Arm("none"), Arm("cutmix", policy="cutmix")]
+    return run_benchmark(cohort, arms, list(recipes), [0, 1], recipes, out, executor=executor, workers=workers)
+
+
+def row_bytes(out):
+    return {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_rows_do_not_depend_on_the_executor(tmp_path, make_cohort, executor):
+    if importlib.util.find_spec("ray") is None and executor == "ray":
+        pytest.skip("ray is not installed")
+    cohort = make_cohort(tmp_path / "real", size=32)
+    rows = grid(cohort, tmp_path / "one")
+    assert grid(cohort, tmp_path / "two", executor, workers=2) == rows
+    assert row_bytes(tmp_path / "two") == row_bytes(tmp_path / "one")
+
+
+def _start(cohort, out, workers):
+    words = ["grade", "--cohort", cohort, "--out", out, "--arm", "none", "--arm", "cutmix", "--networks", "simple_cnn"]
+    words += ["--seeds", "3", "--profile", "tiny", "--workers", str(workers)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{out}.db"}
+    command = [sys.executable, "-m", "medaug", *map(str, words)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _members(session):
+    """Processes of a session that are alive, by /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def _until(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_grid_goes_on_to_the_same_rows_and_leaves_no_process(tmp_path, make_cohort, blow):
+    make_cohort(tmp_path / "real", size=32)
+    reference = _start(tmp_path / "real", tmp_path / "whole", 1)
+    running = _start(tmp_path / "real", tmp_path / "out", 2)
+    _until(lambda: len(list((tmp_path / "out").glob("rows/*.json"))) >= 1 or running.poll() is not None)
+    if blow == signal.SIGINT:
+        os.killpg(running.pid, signal.SIGINT)  # as the terminal does
+    else:
+        running.kill()
+    _, message = running.communicate()
+    assert running.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), message.decode()
+    _until(lambda: not _members(running.pid), 30)
+    if blow == signal.SIGINT:
+        assert b"run the same command again" in message and b"Traceback" not in message
+    assert not list((tmp_path / "out" / "rows").glob(".*")) and len(row_bytes(tmp_path / "out")) < 6
+    again = _start(tmp_path / "real", tmp_path / "out", 2)
+    assert again.wait() == 0 and reference.wait() == 0
+    assert row_bytes(tmp_path / "out") == row_bytes(tmp_path / "whole")

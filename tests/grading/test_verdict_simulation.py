@@ -1,0 +1,89 @@
+"""How often the verdict errs: simulated benchmarks without and with an effect, no training.
+
+A case is answered rightly if ability + its own ease (shared by the cases of a patient) + the luck of the training run exceeds a
+random threshold. Luck has two parts: of a seed, shared by the networks (order, choice and making of synthetic images), and of a
+single run. Both are drawn anew for every arm, so differences between arms hold them twice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from medaug.grading.verdict import Predictions, judge
+
+NUM_PATIENTS, CASES, NUM_CLASSES = 80, 2, 3
+
+
+def simulate(key, effects, num_networks, num_seeds, seed_luck, run_luck):
+    """Predictions of arms whose ability differs from that of `none` by `effects`, in units of the ease of cases (sd 1)."""
+    draw = np.random.default_rng(key)
+    num_cases = NUM_PATIENTS * CASES
+    target = draw.permutation(np.arange(num_cases) % NUM_CLASSES)
+    ease = 0.9 + np.repeat(draw.normal(0, 0.7, NUM_PATIENTS), CASES) + draw.normal(0, 0.7, num_cases)
+    wrong = (target + 1 + draw.integers(0, NUM_CLASSES - 1, num_cases)) % NUM_CLASSES
+    probs = {}
+    for arm, effect in effects.items():
+        shared = draw.normal(0, seed_luck, num_seeds)
+        for network in range(num_networks):
+            ability = effect + shared + draw.normal(0, run_luck, num_seeds)
+            right = ability[:, None] + ease + draw.normal(0, 0.5, (num_seeds, num_cases)) > 0
+            probs[arm, f"n{network}"] = np.eye(NUM_CLASSES)[np.where(right, target, wrong)]
+    groups = [f"g{index // CASES}" for index in range(num_cases)]
+    return Predictions(target, groups, probs, dict.fromkeys(probs))
+
+
+def rates(effects, count, **options):
+    """Share of benchmarks in which any arm, and the arm `synthetic`, got each verdict."""
+    found = [
+        {
+            arm: entry["verdict"]
+            for arm, entry in judge(simulate(key, effects, **options), ordinal=False, num_resamples=400).items()
+        }
+        for key in range(count)
+    ]
+    spoken = np.mean([any(verdict != "no evidence" for verdict in verdicts.values()) for verdicts in found])
+    return float(spoken), {
+        name: float(np.mean([verdicts["synthetic"] == name for verdicts in found])) for name in ("helps", "harms", "no evidence")
+    }
+
+
+NO_EFFECT = {"none": 0.0, "oversample": 0.0, "synthetic": 0.0}
+# Standard deviations of luck, in ability: 0.1 moves the accuracy by about 0.025.
+LUCK = {
+    "none": {"seed_luck": 0.0, "run_luck": 0.0},
+    "of runs": {"seed_luck": 0.0, "run_luck": 0.15},
+    "of seeds": {"seed_luck": 0.15, "run_luck": 0.1},
+    "large": {"seed_luck": 0.5, "run_luck": 0.3},
+}
+
+
+# (luck, networks, seeds, benchmarks)
+CASES_OF_NO_EFFECT = [(luck, 2, 3, 400) for luck in LUCK] + [
+    ("of seeds", 2, 2, 200),
+    ("of seeds", 2, 5, 200),
+    ("of seeds", 10, 3, 60),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("luck, num_networks, num_seeds, count", CASES_OF_NO_EFFECT)
+def test_without_an_effect_a_verdict_is_rare(luck, num_networks, num_seeds, count):
+    spoken, parts = rates(NO_EFFECT, count, num_networks=num_networks, num_seeds=num_seeds, **LUCK[luck])
+    print(f"no effect, luck {luck}, {num_networks} networks, {num_seeds} seeds: any verdict {spoken:.3f}, {parts}")  # noqa: T201
+    assert spoken <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / count)  # Monte Carlo error of the count
+
+
+@pytest.mark.slow
+def test_power_rises_with_the_effect():
+    helps = []
+    for effect in (0.1, 0.3, 0.6, 1.0):
+        _, parts = rates(NO_EFFECT | {"synthetic": effect}, 60, num_networks=2, num_seeds=3, **LUCK["of seeds"])
+        print(f"effect {effect}: {parts}")  # noqa: T201
+        assert parts["harms"] <= 0.05
+        helps.append(parts["helps"])
+    assert helps == sorted(helps) and helps[-1] > 0.5
+    _, parts = rates(NO_EFFECT | {"synthetic": -1.0}, 60, num_networks=2, num_seeds=3, **LUCK["of seeds"])
+    assert parts["harms"] > 0.8
