@@ -27,7 +27,7 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     vocabulary = {text: index for index, text in enumerate([*LETTERS, *(f"{letter}</w>" for letter in LETTERS)])}
     start, end = len(vocabulary), len(vocabulary) + 1
     vocabulary |= {"<|startoftext|>": start, "<|endoftext|>": end}
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
