@@ -75,15 +75,16 @@ def load_model(
         ConfigError: a folder that cannot be used; a run that fine-tuned another model (code `model-other`).
         DataError: no finished run.  LeakageError: no word for the base weights, or a run that saw a held-out group.
     """
+    run = None if run_dir is None else read_run(Path(run_dir))
+    if run is not None:
+        check_run(run, cohort)
     half = torch.device(device).type == "cuda"
     parts = load_trusted_parts(model_dir, cohort, weights_trusted, device, torch.float16 if half else torch.float32)
     base = {"base_sha256": parts.folder.weights_sha256(), "base_settings_sha256": parts.folder.settings_sha256()}
-    if run_dir is None:
+    if run is None or run_dir is None:
         known = new_record(bundle, cohort, {SETTINGS: base}, 0)
         record = replace(known, fit_groups=(), fit_on=fit_sha256(()), weights_sha256=base["base_sha256"])
         return TextToImageModel(parts, record, {**base, "tuned_sha256": None})
-    run = read_run(Path(run_dir))
-    check_run(run, cohort)
     parts = replace(parts, unet=_tuned(parts, Path(run_dir), run, base))
     record = replace(run, weights_sha256=parts.folder.weights_sha256(Path(run_dir) / WEIGHTS_FILE))
     return TextToImageModel(parts, record, {**base, "tuned_sha256": run.weights_sha256})
@@ -213,10 +214,11 @@ class StableDiffusionSampler:
         return from_rgb(unit.float(), self.channels, int(inputs["shape"][0])) * 2 - 1
 
     def _start(self, inputs: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
-        weight = next(self.model.unet.parameters())
+        unet: Any = self.model.unet
+        weight = next(unet.parameters())
         if self.strength is None:
             side = self.size // self.model.parts.stride
-            shape = (self.model.unet.config.in_channels, side, side)  # type: ignore[union-attr]
+            shape = (unet.config.in_channels, side, side)
             latents = randn_batch(shape, ids, self.seed, "start").to(weight)
             return {"latents": latents, "height": self.size, "width": self.size}
         images = torch.stack([inputs["reference"](i) for i in range(len(ids))])

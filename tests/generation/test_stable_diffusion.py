@@ -173,9 +173,7 @@ def test_the_context_cache_is_bounded(model: TextToImageModel, monkeypatch: pyte
     assert len(contexts._cache) == 3
 
 
-def test_a_long_prompt_is_cut_and_said_once(
-    model: TextToImageModel, cohort: Cohort, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_prompt_is_cut_and_said_once(model: TextToImageModel, cohort: Cohort, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         sampler = make_stable_diffusion_sampler(SETTINGS, model, TwoTemplates(("opacity in the left lower lobe",)), cohort)
         sampler({"id": ["s0"], "label": torch.tensor([0]), "shape": (12, 12)})
@@ -272,9 +270,7 @@ def test_a_run_that_is_not_there_is_refused(folder: Path, cohort: Cohort, tmp_pa
         ({"steps": 3}, "setting-unknown"),
     ],
 )
-def test_values_out_of_range_are_refused(
-    model: TextToImageModel, cohort: Cohort, settings: dict[str, Any], code: str
-) -> None:
+def test_values_out_of_range_are_refused(model: TextToImageModel, cohort: Cohort, settings: dict[str, Any], code: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make(model, cohort, **settings)
     assert caught.value.code == code
