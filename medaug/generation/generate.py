@@ -150,6 +150,7 @@ class GenerationSession:
         output_dir: the synthetic cohort's folder.
         seed: decided references and, with an image's id, every draw.
         tracking: keyword arguments of `medaug.tracking.track`.
+        notes: warnings that travel with the images, besides those of the cohort.
     """
 
     cohort: Cohort
@@ -159,6 +160,7 @@ class GenerationSession:
     output_dir: Path
     seed: int = 0
     tracking: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sampler(self) -> Sampler:
@@ -245,7 +247,7 @@ class GenerationSession:
             source=f"synthetic, generated from cohort {self.cohort.content_sha256[:12]}",
             training=cases,
             fit_on={fit_sha256(self.fit_groups): self.fit_groups},
-            notes=self.cohort.notes,
+            notes={**self.cohort.notes, **self.notes},
         )
         return write_cohort(cohort, folder)
 

@@ -181,6 +181,8 @@ def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
             notes.append(f"Nothing shows that the teacher of arm {arm.name} never saw the test patients.")
         if any((case.lineage or {}).get("weights_trusted") for case in given):
             notes.append(f"The labels of arm {arm.name} come from a network that began from weights of unknown origin.")
+        if any((case.lineage or {}).get("generator_trusted") for case in given):
+            notes.append(f"The images of arm {arm.name} come from a generator that began from weights of unknown origin.")
     return notes
 
 
