@@ -38,7 +38,7 @@ def test_planted_effects_resume_and_report(planted):
             planted / "out",
             arms,
             "simple_cnn",
-            2,
+            3,
             "tiny",
             overrides=QUICK,
             num_resamples=500,
@@ -47,13 +47,13 @@ def test_planted_effects_resume_and_report(planted):
         )
 
     result = run()
-    assert [(row["arm"], row["seed"]) for row in result["rows"]] == [(arm.split("=")[0], seed) for arm in arms for seed in (0, 1)]
+    assert [(row["arm"], row["seed"]) for row in result["rows"]] == [(arm.split("=")[0], seed) for arm in arms for seed in range(3)]
     assert result["verdict"]["wrong"]["verdict"] == "harms"
     assert result["verdict"]["right"]["verdict"] != "harms"
     assert result["verdict"]["right"]["against_none"]["difference"] > -0.05
     assert result["verdict"]["wrong"]["against_none"]["high"] < 0
     assert {row["num_training"] for row in result["rows"]} == {30, 120}
-    assert [row["ratio"] for row in result["rows"]] == [0] * 4 + [3] * 4
+    assert [row["ratio"] for row in result["rows"]] == [0] * 6 + [3] * 6
     _check_rows(planted, seen)
     _check_report(planted / "out", result)
     _check_resume(planted / "out", run, result)
@@ -72,7 +72,7 @@ def _check_rows(folder, rows):
 
 def _check_report(out, result):
     assert json.loads((out / "verdict.json").read_text()) == result["verdict"]
-    assert len(list(csv.DictReader((out / "rows.csv").open()))) == 8
+    assert len(list(csv.DictReader((out / "rows.csv").open()))) == 12
     table = list(csv.DictReader((out / "table.csv").open()))
     assert [line["arm"] for line in table] == ["none", "oversample", "right", "wrong"]
     assert "| wrong | simple_cnn |" in (out / "table.md").read_text()
