@@ -6,7 +6,7 @@ names of the groups and the seed, never on the order of the cases.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -201,3 +201,55 @@ def _refuse_absent(counts: np.ndarray, part: np.ndarray, demand: np.ndarray, nam
             f"The groups hold several classes in a way that leaves class number {label} out of {names[where]}; "
             "use finer groups, other ratios or another seed.",
         )
+
+
+def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:
+    """Give `total` images away one by one to the class of highest ``urgency(class, added so far)``; ties to the earlier.
+
+    One by one means that a larger total only adds: no class ever loses an image, so training sets nest.
+    """
+    added = [0] * num_classes
+    for _ in range(total):
+        added[max(range(num_classes), key=lambda label: (urgency(label, added[label]), -label))] += 1
+    return added
+
+
+def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` in proportion to `weights`, exactly, by the method of Sainte-Lague (largest remainders would not nest)."""
+    return _spend(total, lambda label, added: weights[label] / (2 * added + 1), len(weights))
+
+
+def level(total: int, present: Sequence[int]) -> list[int]:
+    """Split `total` so that present + added is as equal over the classes as it can be."""
+    return _spend(total, lambda label, added: -(present[label] + added), len(present))
+
+
+def stratified_part(labels: Sequence[int], names: Sequence[str], total: int, seed: int = 0) -> list[bool]:
+    """Choose `total` cases in proportion to the classes; a larger total contains the smaller one.
+
+    Args:
+        labels: class index per case.
+        names: unique name per case; with `seed` they decide who is chosen, whatever the order.
+        total: at least the number of classes that occur, so that none is lost, and at most the number of cases.
+        seed: key of the order.
+
+    Raises:
+        ConfigError: `part-invalid`: a total that is too small or too large.
+    """
+    counts = np.bincount(np.asarray(labels, dtype=np.int64)).tolist()
+    fewest = sum(count > 0 for count in counts)
+    if not fewest <= total <= len(labels):
+        raise ConfigError("part-invalid", f"The part must have {fewest} to {len(labels)} images, got {total}.")
+
+    def urgency(label: int, added: int) -> float:
+        if added >= counts[label]:
+            return -np.inf
+        return counts[label] / (2 * added + 1) if added else np.inf
+
+    wanted = _spend(total, urgency, len(counts))
+    order = sorted(range(len(labels)), key=lambda index: (draws.key_seed(seed, "part", names[index]), names[index]))
+    chosen = [False] * len(labels)
+    for label, count in enumerate(wanted):
+        for index in [index for index in order if labels[index] == label][:count]:
+            chosen[index] = True
+    return chosen

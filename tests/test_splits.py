@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medaug.errors import ConfigError, DataError
-from medaug.splits import grouped_folds, grouped_split, parse_ratios
+from medaug.splits import grouped_folds, grouped_split, parse_ratios, stratified_part
 
 # Groups of one class each: (class, size); mixed groups are drawn apart, since they may allow no split at all.
 PURE = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=40)
@@ -128,3 +128,31 @@ def test_too_many_folds_are_refused():
         grouped_folds([0, 0, 1, 1, 1], ["a", "b", "c", "d", "e"], 3, 0)
     with pytest.raises(ConfigError, match="folds-invalid"):
         grouped_folds([0, 1], ["a", "b"], 1, 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(0, 3), st.data())
+def test_a_part_is_exact_keeps_every_class_and_nests(labels, seed, data):
+    names = [f"case{index}" for index in range(len(labels))]
+    fewest = len(set(labels))
+    total = data.draw(st.integers(fewest, len(labels)))
+    chosen = stratified_part(labels, names, total, seed)
+    assert sum(chosen) == total
+    assert {label for label, kept in zip(labels, chosen, strict=True) if kept} == set(labels)
+    if total < len(labels):
+        larger = stratified_part(labels, names, total + 1, seed)
+        assert all(more for kept, more in zip(chosen, larger, strict=True) if kept)
+    turned = stratified_part(labels[::-1], names[::-1], total, seed)
+    assert turned[::-1] == chosen
+
+
+def test_a_part_has_the_shares_of_the_whole():
+    labels = [0] * 1214 + [1] * 3494
+    chosen = stratified_part(labels, [str(index) for index in range(len(labels))], 200)
+    assert sum(chosen[:1214]) == 52 and sum(chosen[1214:]) == 148  # 200 * 1214 / 4708 = 51.6
+
+
+@pytest.mark.parametrize("total", [0, 1, 5])
+def test_a_part_of_no_such_size_is_refused(total):
+    with pytest.raises(ConfigError, match="part-invalid"):
+        stratified_part([0, 0, 1, 1], list("abcd"), total)

@@ -24,6 +24,9 @@ def intake(
     split_column: Annotated[str | None, typer.Option(help="Column that fixes the split.")] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 64,
     split: Annotated[str | None, typer.Option(help="Shares of training, validation, test, e.g. 0.7,0.1,0.2.")] = None,
+    training_images: Annotated[
+        int | None, typer.Option(help="Keep so many training images, by class: what would a small set give?")
+    ] = None,
     window: Annotated[str | None, typer.Option(help="Lower and upper value, e.g. -1350,150 HU.")] = None,
     ordinal: Annotated[bool | None, typer.Option("--ordinal/--nominal", help="Whether the classes are grades.")] = None,
     modality: Annotated[str, typer.Option(help="CT, CR ... where the files do not say.")] = "",
@@ -78,6 +81,7 @@ def intake(
         split_column=split_column,
         image_size=image_size,
         split=None if split is None else numbers(split, 3, "--split"),  # type: ignore[arg-type]
+        training_images=training_images,
         window=None if window is None else numbers(window, 2, "--window"),  # type: ignore[arg-type]
         ordinal=ordinal,
         modality=modality,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from medaug.cohort import Case, Cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
+from medaug.splits import in_proportion, level
 
 REAL = "real"
 
@@ -36,27 +37,6 @@ __all__ = [
     "real_cases",
     "source_counts",
 ]
-
-
-def _spend(total: int, urgency: Callable[[int, int], float], num_classes: int) -> list[int]:
-    """Give `total` images away one by one to the class of highest ``urgency(class, added so far)``; ties to the earlier.
-
-    One by one means that a larger total only adds: no class ever loses an image, so training sets nest.
-    """
-    added = [0] * num_classes
-    for _ in range(total):
-        added[max(range(num_classes), key=lambda label: (urgency(label, added[label]), -label))] += 1
-    return added
-
-
-def in_proportion(total: int, weights: Sequence[int]) -> list[int]:
-    """Split `total` in proportion to `weights`, exactly, by the method of Sainte-Lague (largest remainders would not nest)."""
-    return _spend(total, lambda label, added: weights[label] / (2 * added + 1), len(weights))
-
-
-def level(total: int, present: Sequence[int]) -> list[int]:
-    """Split `total` so that present + added is as equal over the classes as it can be."""
-    return _spend(total, lambda label, added: -(present[label] + added), len(present))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.read import Quarantine
 from medaug.intake.readers import agreement, describe, settle
 from medaug.intake.records import IntakeOptions, Record
-from medaug.splits import grouped_split
+from medaug.splits import grouped_split, stratified_part
 
 DEFAULT_RATIOS = (0.7, 0.1, 0.2)
 
@@ -96,6 +96,7 @@ def assemble(
     result.notes.extend(grouped.notes)
     _refuse_small_classes(result.records, classes.names, sayable)
     _split(result, options, keeps_splits, quarantine, sayable)
+    _keep_training(result, options)
     result.groups = describe_groups(result.records) | grouped.search
     result.leak = _leak(result.records, options.seed)
     return result
@@ -284,6 +285,17 @@ def _keep_splits(result: Assembly, seed: int, quarantine: Quarantine) -> None:
             f"The source's own splits share patients or look-alike groups: {crossing} image(s) were left out "
             "of training or validation."
         )
+
+
+def _keep_training(result: Assembly, options: IntakeOptions) -> None:
+    """Only so many training images, as if there were no more; validation and test stay as they are."""
+    if options.training_images is None:
+        return
+    training = [record for record in result.records if record.split == "training"]
+    labels, names = [record.label for record in training], [record.case_id for record in training]
+    chosen = dict(zip(names, stratified_part(labels, names, options.training_images, options.seed), strict=True))
+    result.records = [record for record in result.records if record.split != "training" or chosen[record.case_id]]
+    result.notes.append(f"{options.training_images} of {len(training)} training images were kept, chosen by class and seed.")
 
 
 def _leak(records: Sequence[Record], seed: int) -> dict[str, Any]:

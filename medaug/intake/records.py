@@ -51,7 +51,9 @@ class IntakeOptions:
         label_column, group_column, patient_column, split_column: names in the table (or fields of the datalist).
         image_size: side of the cohort's images in pixels.
         split: shares of training, validation, test; None keeps the source's own splits, else 0.7, 0.1, 0.2.
-        seed: key of the split.
+        training_images: how many training images are kept, in proportion to the classes; None keeps all. Validation and test
+            stay whole. To learn what a small set would give.
+        seed: key of the split, and of that choice.
         dry_run: count and report, write nothing.
         window: (lower, upper) in Hounsfield or stored units; None: see `transforms.prepare.to_unit`.
         ordinal: True or False overrides what the class names say.
@@ -86,6 +88,7 @@ class IntakeOptions:
     split_column: str | None = None
     image_size: int = 64
     split: tuple[float, float, float] | None = None
+    training_images: int | None = None
     seed: int = 0
     dry_run: bool = False
     window: tuple[float, float] | None = None
@@ -111,7 +114,10 @@ class IntakeOptions:
     def config(self) -> dict[str, Any]:
         """What decides the content of the cohort: no path, so that its hash can be published."""
         left_out = ("source", "out", "labels", "dry_run", "masks", "pseudonym_key", "mapping", "keep_dicom", "workers")
-        return {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
+        kept = {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
+        if self.training_images is None:
+            del kept["training_images"]  # cohorts from before this option stay what they were
+        return kept
 
     def checked(self) -> IntakeOptions:
         """These options with real paths.
@@ -142,6 +148,8 @@ class IntakeOptions:
         return IntakeOptions(**{**self.__dict__, **changed})
 
     def _check_choices(self) -> None:
+        if self.training_images is not None and self.training_images < 2:
+            raise ConfigError("part-invalid", f"--training-images must be at least 2, got {self.training_images}.")
         for option, value, known in (
             ("slices", self.slices, SLICES),
             ("conflicts", self.conflicts, CONFLICTS),

@@ -47,7 +47,9 @@ def test_planted_effects_resume_and_report(planted):
         )
 
     result = run()
-    assert [(row["arm"], row["seed"]) for row in result["rows"]] == [(arm.split("=")[0], seed) for arm in arms for seed in range(3)]
+    assert [(row["arm"], row["seed"]) for row in result["rows"]] == [
+        (arm.split("=")[0], seed) for arm in arms for seed in range(3)
+    ]
     assert result["verdict"]["wrong"]["verdict"] == "harms"
     assert result["verdict"]["right"]["verdict"] != "harms"
     assert result["verdict"]["right"]["against_none"]["difference"] > -0.05
