@@ -130,7 +130,7 @@ def grade_arms(
     overrides: Mapping[str, Any] | None = None,
     pretrained: Mapping[str, Path] | None = None,
     executor: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
     ray_address: str | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

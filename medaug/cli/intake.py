@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medaug.cli.options import JsonOption, OutOption, SeedOption, TrackingOption, app, numbers, show, tracked_at
+from medaug.cli.options import JsonOption, OutOption, SeedOption, TrackingOption, app, named, numbers, show, tracked_at
 
 
 @app.command()
@@ -29,6 +29,7 @@ def intake(
     ] = None,
     window: Annotated[str | None, typer.Option(help="Lower and upper value, e.g. -1350,150 HU.")] = None,
     ordinal: Annotated[bool | None, typer.Option("--ordinal/--nominal", help="Whether the classes are grades.")] = None,
+    class_names: Annotated[str | None, typer.Option(help="Names for labels, e.g. 0=normal,1=pneumonia.")] = None,
     modality: Annotated[str, typer.Option(help="CT, CR ... where the files do not say.")] = "",
     name: Annotated[str | None, typer.Option(help="Name of the cohort.")] = None,
     sheet: Annotated[str | None, typer.Option(help="Sheet of an XLSX table.")] = None,
@@ -84,6 +85,7 @@ def intake(
         training_images=training_images,
         window=None if window is None else numbers(window, 2, "--window"),  # type: ignore[arg-type]
         ordinal=ordinal,
+        class_names=None if class_names is None else tuple(named(class_names.split(","), "--class-names").items()),
         modality=modality,
         name=name,
         sheet=sheet,

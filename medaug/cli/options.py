@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,19 @@ def numbers(text: str, count: int, option: str) -> tuple[float, ...]:
     if len(values) != count:
         raise ConfigError("option-malformed", f"{option} takes {count} numbers separated by commas, got {text!r}.")
     return values
+
+
+def named(parts: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=TEXT as the command line writes it, each name once.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    pairs = [part.partition("=") for part in parts]
+    found = {name.strip(): text.strip() for name, _, text in pairs}
+    if not all(name.strip() and text.strip() for name, _, text in pairs) or len(found) != len(parts):
+        raise ConfigError("option-malformed", f"{option} takes NAME=TEXT, each name once, got {' '.join(parts)!r}.")
+    return found
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -17,6 +17,7 @@ from medaug.cli.options import (
     SetOption,
     TrackingOption,
     app,
+    named,
     show,
     tracked_at,
     whole_numbers,
@@ -162,7 +163,10 @@ def grade(
         list[str] | None, typer.Option(help="NETWORK=FILE, safetensors weights to start from; repeatable.")
     ] = None,
     executor: Annotated[str, typer.Option(help="local or ray; both give the same rows.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Training runs side by side, each with one thread.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training runs side by side, each with one thread. Default: the cores, if it is worth it."),
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to use; default: one on this machine.")] = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
@@ -194,28 +198,13 @@ def grade(
         real_fraction=real_fraction,
         allow_untrusted=allow_untrusted,
         overrides={} if head == "linear" else {"head": head},
-        pretrained=_files_by_network(pretrained or []),
+        pretrained={name: Path(path) for name, path in named(pretrained or [], "--pretrained").items()},
         executor=executor,
         workers=workers,
         ray_address=ray_address,
         tracking=tracked_at(tracking_uri),
     )
     show(result, as_json, _verdict_text(result, out))
-
-
-def _files_by_network(texts: list[str]) -> dict[str, Path]:
-    """NETWORK=FILE as the command line writes it.
-
-    Raises:
-        ConfigError: `pretrained-form`: no equals sign, or a network twice.
-    """
-    from medaug.errors import ConfigError
-
-    pairs = [text.partition("=") for text in texts]
-    files = {name: Path(path) for name, _, path in pairs}
-    if not all(name and path for name, _, path in pairs) or len(files) != len(texts):
-        raise ConfigError("pretrained-form", f"--pretrained takes NETWORK=FILE once per network, got {' '.join(texts)}.")
-    return files
 
 
 @app.command()

@@ -21,7 +21,7 @@ from medaug import __version__, storage
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError, DataError
 from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
-from medaug.grading.executors import Failure, check_executor
+from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.recipe import recipe_content
 from medaug.grading.statistics import classification_metrics
@@ -40,6 +40,7 @@ from medaug.training.steps import one_thread
 
 ROW_FORMAT = 1
 ROWS_FOLDER = "rows"
+WORTH_PROCESSES = 1000  # optimiser steps in all
 _PROBABILITY_DECIMALS = 6
 
 Row = dict[str, Any]
@@ -152,7 +153,7 @@ def run_benchmark(
     *,
     weights: Mapping[str, Path] | None = None,
     executor: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
     ray_address: str | None = None,
     progress: bool = False,
     on_row: Callable[[Row], None] | None = None,
@@ -171,7 +172,8 @@ def run_benchmark(
     Args:
         recipes: network -> recipe; the arm sets its policy.
         weights: network -> file that all its weights but the head's come from.
-        executor, workers, ray_address: see `medaug.grading.executors`.
+        executor, ray_address: see `medaug.grading.executors`.
+        workers: training runs side by side; None takes all cores for a comparison that is worth it, see `chosen_workers`.
         progress: show a bar on stderr with the time left, counted in optimiser steps.
         on_row: called with every row as soon as it is there.
         on_failed: called with arm, network, seed, code and reason of a cell that has no row because its network or recipe
@@ -180,7 +182,7 @@ def run_benchmark(
     Raises:
         see `plan_cells`; StorageError: the folder is in use, the disk is full.
     """
-    execute = check_executor(executor, workers)
+    execute = check_executor(executor, 1 if workers is None else workers)
     cells = plan_cells(cohort, arms, networks, seeds, recipes, weights)
     with storage.locked(out):
         rows = [_finished_row(out, cell) for cell in cells]
@@ -192,7 +194,12 @@ def run_benchmark(
                 _tell(row, on_row, tracking)
             missing = [number for number, row in enumerate(rows) if row is None]
             task = _Cells(cells, cohort, out / CACHE_FOLDER, device)
-            options = {"workers": workers, "ray_address": ray_address, "advance": lambda number, steps: advance(steps)}
+            steps = total - done
+            options = {
+                "workers": workers or chosen_workers(steps, device),
+                "ray_address": ray_address,
+                "advance": lambda number, steps: advance(steps),
+            }
             with closing(execute(task, missing, **options)) as outcomes:  # type: ignore[type-var]
                 for number, outcome in outcomes:
                     if isinstance(outcome, Failure):
@@ -202,6 +209,11 @@ def run_benchmark(
                     rows[number] = outcome
                     _tell(outcome, on_row, tracking)
     return [row for row in rows if row is not None]
+
+
+def chosen_workers(steps: int, device: str | torch.device = "cpu") -> int:
+    """Every usable core for many optimiser steps; one worker for few, since a process takes longer to start, and for one GPU."""
+    return len(usable_cores()) if steps >= WORTH_PROCESSES and torch.device(device).type == "cpu" else 1
 
 
 def _tell(row: Row, on_row: Callable[[Row], None] | None, tracking: MetricSink | None) -> None:

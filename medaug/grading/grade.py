@@ -46,7 +46,7 @@ def grade(
     sources: Sequence[str] = (),
     pretrained: Mapping[str, Path] | None = None,
     executor: str = "local",
-    workers: int = 1,
+    workers: int | None = None,
     ray_address: str | None = None,
     device: str | torch.device = "cpu",
     num_resamples: int = 10_000,

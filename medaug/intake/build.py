@@ -173,7 +173,8 @@ def _take_in(
         records, joiner = read_records(found, options, folder, quarantine, advance, suspects)
     _name_series(records, pseudonyms)
     has_splits = options.split_column is not None or found.has_splits
-    assembly = assemble(records, options, has_splits, quarantine, found.class_names, pseudonyms)
+    names = found.class_names | dict(options.class_names or ())
+    assembly = assemble(records, options, has_splits, quarantine, names, pseudonyms)
     assembly.notes.extend(_reading_notes(options, found, joiner, suspects))
     assembly.notes.extend(arrangement.notes)
     copies: dict[str, Any] = {}

@@ -57,6 +57,7 @@ class IntakeOptions:
         dry_run: count and report, write nothing.
         window: (lower, upper) in Hounsfield or stored units; None: see `transforms.prepare.to_unit`.
         ordinal: True or False overrides what the class names say.
+        class_names: pairs of a label as the source gives it and the name that it gets; None leaves them.
         name: the cohort's name; None takes the name of the output folder.
         sheet: sheet of an XLSX table; None takes the first.
         modality: "CT", "CR" ... where the files do not say.
@@ -93,6 +94,7 @@ class IntakeOptions:
     dry_run: bool = False
     window: tuple[float, float] | None = None
     ordinal: bool | None = None
+    class_names: tuple[tuple[str, str], ...] | None = None
     name: str | None = None
     sheet: str | None = None
     modality: str = ""
@@ -115,9 +117,8 @@ class IntakeOptions:
         """What decides the content of the cohort: no path, so that its hash can be published."""
         left_out = ("source", "out", "labels", "dry_run", "masks", "pseudonym_key", "mapping", "keep_dicom", "workers")
         kept = {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
-        if self.training_images is None:
-            del kept["training_images"]  # cohorts from before this option stay what they were
-        return kept
+        # Cohorts from before these options stay what they were.
+        return {key: value for key, value in kept.items() if value is not None or key not in ("training_images", "class_names")}
 
     def checked(self) -> IntakeOptions:
         """These options with real paths.

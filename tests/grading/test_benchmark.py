@@ -178,3 +178,13 @@ def test_images_of_unknown_origin_need_a_word_and_carry_a_warning(tmp_path, make
     check_arm(trusting, real)
     assert "6 image(s) of arm x" in _notes(real, [trusting])[0]
     assert _notes(real, [Arm("x", synthetic=made)]) == []
+
+
+def test_processes_are_started_for_long_comparisons_alone():
+    cores = len(benchmark.usable_cores())
+    assert [benchmark.chosen_workers(steps) for steps in (0, benchmark.WORTH_PROCESSES - 1, benchmark.WORTH_PROCESSES)] == [
+        1,
+        1,
+        cores,
+    ]
+    assert benchmark.chosen_workers(10**6, "cuda") == 1
