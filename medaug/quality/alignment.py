@@ -21,6 +21,7 @@ SIDE = 32  # larger pictures are averaged down to this side: copies show at any 
 SHIFT_SHARE = 3 / 32  # largest shift, as a share of the side
 SCALES = (1.0, 0.975, 0.95, 0.925, 0.9)  # shares of the side that a crop keeps
 COARSE = (0, 2, 4)  # of the scales: enough for finding candidates
+CELLS = 7  # along each side of the coarse grid
 BLUR = 0.7  # standard deviation in pixels; takes most of white noise away and little of what tells pictures apart
 CANDIDATES = 8
 DIGITS = 6  # float32 leaves no more of 1 - correlation
@@ -118,7 +119,7 @@ class PixelIndex:
         """Normed coarse grids (N, cells) of the windows `down` and `right` of the middle."""
         top, left, size = self.reach + down, self.reach + right, self.window
         part = x[..., top : top + size, left : left + size]
-        return _normed(functional.adaptive_avg_pool2d(part, (size + 1) // 2).flatten(-2))
+        return _normed(functional.adaptive_avg_pool2d(part, min(CELLS, size)).flatten(-2))
 
     def match(self, pictures: Tensor, groups: np.ndarray | None = None) -> Match:
         """The nearest pictures of the index.
@@ -162,11 +163,11 @@ class PixelIndex:
         return _distance(values[rows, best]), np.where(nothing, -1, index), _distance(second), similarity
 
     def _screen(self, mirrored: Tensor) -> Tensor:
-        """Coarse correlation (N, M), the best over mirrors, scales and shifts of about two pixels."""
-        step = max(1, self.reach - 1)
+        """Coarse correlation (N, M), the best over mirrors, scales and every shift: one pixel off, a copy looks like a stranger."""
         best = torch.full((len(mirrored), len(self)), -1.0)
-        for down in (-step, 0, step):
-            for right in (-step, 0, step):
+        shifts = range(-self.reach, self.reach + 1)
+        for down in shifts:
+            for right in shifts:
                 cells = self._cells(mirrored, down, right)
                 flat = cells.reshape(-1, cells.shape[-1])
                 for templates in self._coarse:

@@ -14,8 +14,8 @@ from medaug.cohort import Case, Cohort, fit_sha256, write_cohort
 from medaug.errors import LeakageError
 from medaug.quality.amst_labels import facts_for_report
 from medaug.quality.checks import ACCEPT, QUARANTINE, GateContext
-from medaug.quality.fidelity import Estimate, features_of, kid
-from medaug.quality.images import image_batches
+from medaug.quality.copy_pictures import write_copy_pictures
+from medaug.quality.fidelity import Estimate, kid
 from medaug.quality.report import class_sheets, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
 
@@ -37,10 +37,10 @@ def _fidelity(context: GateContext, accepted: Sequence[Case]) -> list[dict[str, 
     ruler = context.ruler
     real = {"training": ruler.training}
     if context.cohort.validation:
-        real["validation"] = features_of(ruler.extractor, image_batches(context.cohort, context.cohort.validation))
+        real["validation"] = ruler.features(context.cohort, context.cohort.validation)
     rows: list[tuple[str, Estimate]] = []
     if accepted:
-        features = features_of(ruler.extractor, image_batches(context.synthetic, accepted))
+        features = ruler.features(context.synthetic, accepted)
         rows += [(f"accepted to {name}", kid(values, features)) for name, values in real.items()]
     if "validation" in real:
         rows.append(("training to validation (floor)", kid(real["validation"], real["training"])))
@@ -73,7 +73,7 @@ def summary_of(
         facts = {"threshold": ruler.threshold, "basis": ruler.basis, "basis_n": ruler.n, "extractor": ruler.extractor.name}
         summary["copies"] = asdict(context.copies) | facts
         summary["fidelity"] = _fidelity(context, [verdict.case for verdict in verdicts if verdict.verdict == ACCEPT])
-    return summary | {"verdicts": [verdict.to_json(classes) for verdict in verdicts]}
+    return summary | context.reports | {"verdicts": [verdict.to_json(classes) for verdict in verdicts]}
 
 
 def write_verdicts(out: Path, context: GateContext, verdicts: Sequence[Verdict], summary: Mapping[str, Any]) -> None:
@@ -82,6 +82,7 @@ def write_verdicts(out: Path, context: GateContext, verdicts: Sequence[Verdict],
         (out / cohorts.FILE_NAME).unlink(missing_ok=True)
     held = [verdict.case for verdict in verdicts if verdict.verdict == QUARANTINE]
     _place(context.synthetic, held, out, "quarantine")
+    write_copy_pictures(out, context.cohort, context.synthetic, [verdict for verdict in verdicts if verdict.verdict != ACCEPT])
     rows = [
         {"file": _file_of(verdict), "code": code, "reason": text}
         for verdict in verdicts

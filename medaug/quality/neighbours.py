@@ -45,7 +45,7 @@ def nearest(
         x: (N, D).
         y: (M, D), M >= k.
         k: how many.
-        x_groups, y_groups: (N,) and (M,) integers; rows of `y` of the group of a row of `x` are passed over.
+        x_groups, y_groups: (N,), or (N, G) for several, and (M,) integers; rows of `y` of a group of a row of `x` are passed over.
 
     Returns:
         distances (N, k) float64, infinite where fewer than k rows are left, and indices (N, k), -1 there.
@@ -70,7 +70,8 @@ def nearest(
         block *= -2
         block += y_squares
         if x_groups is not None and y_groups is not None:
-            block[np.asarray(x_groups)[part, None] == np.asarray(y_groups)[None, :]] = np.inf
+            for own in np.asarray(x_groups)[part].reshape(len(block), -1).T:
+                block[own[:, None] == np.asarray(y_groups)[None, :]] = np.inf
         rounding = _rounding(x.shape[1], squares, y_squares)
         distances[part], indices[part] = _decide(block, rounding, x[part], y, k)
     return distances, indices
@@ -89,11 +90,11 @@ def _decide(block: np.ndarray, rounding: np.ndarray, x: np.ndarray, y: np.ndarra
     close &= np.isfinite(block)
     limit = max(MOST_CANDIDATES, 4 * k)
     crowded = np.flatnonzero(close.sum(axis=1) > limit)
-    for row in crowded:
-        candidates = np.flatnonzero(close[row])
-        chosen = candidates[np.argsort(block[row, candidates], kind="stable")[:limit]]
-        close[row] = False
-        close[row, chosen] = True
+    for line in crowded:
+        candidates = np.flatnonzero(close[line])
+        chosen = candidates[np.argsort(block[line, candidates], kind="stable")[:limit]]
+        close[line] = False
+        close[line, chosen] = True
     row, column = np.nonzero(close)
     exact = _exact(x, y, row, column)
     order = np.lexsort((column, exact, row))
