@@ -25,7 +25,8 @@ CELLS = 7  # along each side of the coarse grid
 BLUR = 0.7  # standard deviation in pixels; takes most of white noise away and little of what tells pictures apart
 CANDIDATES = 8
 DIGITS = 6  # float32 leaves no more of 1 - correlation
-_QUERIES = 32  # pictures compared with their candidates at once
+_QUERIES = 32  # pictures screened at once
+_ALIGNED = 8  # pictures aligned at once: their windows take 5 MB, which stays in the cache's reach and in the allocator's hands
 
 __all__ = ["Match", "PixelIndex", "ssim", "working_images"]
 
@@ -180,13 +181,19 @@ class PixelIndex:
         middle = slice(self.reach, self.reach + self.window)
         queries = _normed(mirrored[..., middle, middle].flatten(-2))  # (N, 4, P)
         values, places = [], []
-        for column in range(candidates.shape[1]):
-            windows = self._windows(candidates[:, column])
-            found = torch.bmm(_normed(windows), queries.transpose(1, 2)).flatten(1)  # (N, scales * shifts * 4)
-            top = found.max(dim=1)
-            values.append(top.values)
-            places.append(top.indices)
-        return torch.stack(values, dim=1), torch.stack(places, dim=1)
+        for query, chosen in zip(queries.split(_ALIGNED), candidates.split(_ALIGNED), strict=True):
+            for column in range(candidates.shape[1]):
+                windows = _normed(self._windows(chosen[:, column]))
+                top = torch.bmm(windows, query.transpose(1, 2)).flatten(1).max(dim=1)  # of (B, scales * shifts * 4)
+                values.append(top.values)
+                places.append(top.indices)
+        return self._columns(values, candidates), self._columns(places, candidates)
+
+    @staticmethod
+    def _columns(parts: list[Tensor], candidates: Tensor) -> Tensor:
+        """Parts of (B,), candidate by candidate within each block of rows, as (N, C)."""
+        width = candidates.shape[1]
+        return torch.cat([torch.stack(parts[start : start + width], dim=1) for start in range(0, len(parts), width)])
 
     def _windows(self, index: Tensor) -> Tensor:
         """Every window of every scale of some pictures, (N, scales * shifts, P)."""

@@ -133,8 +133,8 @@ def _seeded(context: GateContext, ruler: Ruler, cases: Sequence[Case], seeds: Se
         reasons = finding.reasons
         if distance <= limit:
             text = (
-                f"The distance to its own seed image {seeds[row]} is {distance:.4f}; half of the weakly augmented copies of training "
-                f"images are farther than {limit:.4f} ({ruler.name})."
+                f"The distance to its own seed image {seeds[row]} is {distance:.4f}, and {limit:.4f} is what a weakly augmented copy of a "
+                f"training image usually has ({ruler.name})."
             )
             reasons = (*reasons, (SEED_COPY, text))
         findings.append(Finding(QUARANTINE if reasons else ACCEPT, reasons, numbers))

@@ -15,6 +15,7 @@ from medaug.errors import LeakageError
 from medaug.quality.amst_labels import facts_for_report
 from medaug.quality.checks import ACCEPT, QUARANTINE, GateContext
 from medaug.quality.copy_pictures import write_copy_pictures
+from medaug.quality.copy_ruler import real_cases
 from medaug.quality.fidelity import Estimate, kid
 from medaug.quality.report import class_sheets, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 GATE_NAME = "gate.json"
 UNLABELLED = "unlabelled"
+FITTED = {"outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
 _FILTER_FACTS = (
     "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "recipe", "seed",
 )  # fmt: skip
@@ -144,6 +146,8 @@ def _write_cases(
     out: Path, context: GateContext, names: Sequence[str], verdicts: Sequence[Verdict], made: Mapping[str, Any], what: str
 ) -> Cohort:
     filter_groups = set(context.label_filter.fit_groups) if "pseudo_label" in names else set()
+    if FITTED & set(names):
+        filter_groups |= {case.group for case in real_cases(context.cohort)}
     unions: dict[str, list[str]] = {}
     cases = []
     for verdict in verdicts:
