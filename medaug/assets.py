@@ -116,6 +116,16 @@ def experiment_path(name_or_path: str | os.PathLike[str]) -> Path:
     return _config_path("experiment", name_or_path)
 
 
+def list_gates() -> list[str]:
+    """Names of the shipped gates, sorted."""
+    return _list_configs("gates")
+
+
+def gate_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Absolute path of a gate's file; arguments and errors as `profile_path` (code `gate-unknown`)."""
+    return _config_path("gate", name_or_path)
+
+
 def _list_configs(folder: str) -> list[str]:
     return sorted(path.stem for path in (configs_root() / folder).glob("*.yaml"))
 

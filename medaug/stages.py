@@ -16,6 +16,7 @@ from medaug.tracking import track
 if TYPE_CHECKING:
     from medaug.intake.records import IntakeOptions, IntakeResult
     from medaug.quality.gate import GateResult
+    from medaug.quality.gate_config import CheckSpec
     from medaug.training.classifier import ClassifierRecipe
 
 
@@ -47,8 +48,8 @@ def gate_synthetic(
     cohort: Path,
     out: Path,
     *,
-    checks: Sequence[str] | None = None,
-    threshold: float = 0.8,
+    checks: Sequence[CheckSpec] | None = None,
+    threshold: float | None = None,
     filter_recipe: Mapping[str, Any] | None = None,
     label: str = "filter",
     amst: Mapping[str, Any] | None = None,
@@ -58,11 +59,14 @@ def gate_synthetic(
     quotas: Sequence[int] | None = None,
     filter_dir: Path | None = None,
     allow_short: bool = False,
+    run_dir: Path | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> GateResult:
     """`medaug gate`: judge every image of a synthetic cohort, tracked as a run of its own.
 
     Args:
+        checks: names, or mappings of a name to its settings, as a gate's file lists them; None: the default ones.
+        threshold: least confidence of the pseudo-label; None: what `checks` say, else 0.8.
         filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
         label: "filter" or "amst", see `run_gate`.
         amst: fields of `AmstRecipe` that differ from its default.
@@ -71,10 +75,13 @@ def gate_synthetic(
         others: see `run_gate` and `track`.
     """
     from medaug.quality.gate import DEFAULT_CHECKS, run_gate
-    from medaug.quality.pseudo_label import default_recipe
+    from medaug.quality.gate_config import plan_checks, take_threshold
+    from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
     from medaug.training.amst_recipe import amst_recipe
 
-    names = list(checks or DEFAULT_CHECKS)
+    specs, least = take_threshold(list(checks or DEFAULT_CHECKS), threshold)
+    threshold = PAPER_THRESHOLD if least is None else least
+    names = [check.name for check in plan_checks(specs)]
     recipe = change(default_recipe(), filter_recipe or {})
     heads = amst_recipe("amst", amst) if label == "amst" else None
     settings = {"checks": names, "threshold": threshold, "seed": seed, "label": label}
@@ -84,7 +91,7 @@ def gate_synthetic(
             synthetic,
             cohort,
             out,
-            checks=names,
+            checks=specs,
             threshold=threshold,
             quotas=quotas,
             recipe=recipe,
@@ -95,6 +102,7 @@ def gate_synthetic(
             seed=seed,
             filter_dir=filter_dir,
             allow_short=allow_short,
+            run_dir=run_dir,
             tracking=run,
             progress=progress,
         )

@@ -95,8 +95,17 @@ def gate(
     synthetic: Annotated[Path, typer.Argument(help="Synthetic cohort of `medaug generate`.")],
     cohort: CohortOption,
     out: OutOption,
-    checks: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label.")] = 0.8,
+    checks: Annotated[
+        str | None,
+        typer.Option(help="Names separated by commas: usable, pseudo_label, copies (the default), outliers, real_fake."),
+    ] = None,
+    gate_file: Annotated[
+        str | None,
+        typer.Option("--gate", help="Checks with their settings: default, strict, or a YAML file; in place of --checks."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label; default: the gate's, 0.8.")
+    ] = None,
     label: Annotated[
         str, typer.Option(help="filter: a CNN must confirm the label; amst: heads that agree give the label.")
     ] = "filter",
@@ -105,6 +114,9 @@ def gate(
         bool, typer.Option("--weights-trusted", help="Your word that these weights saw no held-out image.")
     ] = False,
     allow_short: Annotated[bool, typer.Option("--allow-short", help="Do not fail when a class has no accepted image.")] = False,
+    run: Annotated[
+        Path | None, typer.Option(help="Training run of the generator: report whether its loss knows its training images.")
+    ] = None,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
@@ -115,22 +127,36 @@ def gate(
     """
     from medaug.stages import gate_synthetic
 
-    names = None if checks is None else [name.strip() for name in checks.split(",")]
     result = gate_synthetic(
         synthetic,
         cohort,
         out,
-        checks=names,
+        checks=_checks(checks, gate_file),
         threshold=threshold,
         label=label,
         weights=weights,
         weights_trusted=weights_trusted,
         seed=seed,
         allow_short=allow_short,
+        run_dir=run,
         tracking=tracked_at(tracking_uri),
     )
     lines = [f"{entry.name}: {entry.accepted} of {entry.generated} accepted" for entry in result.acceptance]
     show(result.summary, as_json, "\n".join([*lines, f"Report: {out / 'report.html'}"]))
+
+
+def _checks(names: str | None, gate_file: str | None) -> list[Any] | None:
+    """What --checks or --gate asks for; None for neither."""
+    from medaug import assets
+    from medaug.errors import ConfigError
+    from medaug.quality.gate_config import checks_of
+    from medaug.workflow import read_yaml
+
+    if names is not None and gate_file is not None:
+        raise ConfigError("option-conflict", "--checks and --gate both say which checks run; give one of them.")
+    if gate_file is not None:
+        return list(checks_of(read_yaml(assets.gate_path(gate_file))))
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 @app.command()

@@ -24,6 +24,7 @@ from medaug.export.facts import (
 from medaug.export.geometry import geometry_of
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+COPY_REASONS = ("near-copy", "seed-copy")  # what the gate says of a copy of a patient's image
 _MODALITY = re.compile(r"[A-Z0-9 _]{1,16}")  # VR CS
 
 
@@ -44,7 +45,7 @@ def check_exportable(cohort: Cohort, allow_ungated: bool) -> None:
     """Refuse real images and images that no gate accepted.
 
     Raises:
-        DataError: `not-synthetic`, `export-empty` or `not-gated`.
+        DataError: `not-synthetic`, `export-empty`, `export-copy` (whatever is allowed) or `not-gated`.
     """
     real = sum(not case.is_synthetic for case in cohort.cases())
     if real:
@@ -54,6 +55,13 @@ def check_exportable(cohort: Cohort, allow_ungated: bool) -> None:
         )
     if not cohort.training:
         raise DataError("export-empty", "The cohort holds no image; generate more, or look at the report of the gate.")
+    copied = sum(any(code in COPY_REASONS for code in (case.lineage or {}).get("reasons") or ()) for case in cohort.training)
+    if copied:
+        raise DataError(
+            "export-copy",
+            f"{copied} of {len(cohort.training)} synthetic image(s) are near-copies of patients' images by the verdict of the gate, and "
+            "such images never leave; export the accepted cohort of `medaug gate`.",
+        )
     ungated = sum((case.lineage or {}).get("verdict") != "accept" for case in cohort.training)
     if ungated and not allow_ungated:
         raise DataError(

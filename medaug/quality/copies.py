@@ -6,19 +6,19 @@ The yardstick is the distance from held-out real images to their nearest trainin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.distance import cdist
 from scipy.stats import binomtest
 
 from medaug.errors import DataError
+from medaug.quality.neighbours import nearest, unit_rows
 
 PERCENTILE = 1.0
 FLAG_RATE = 0.05
-CHUNK = 512
 
-__all__ = ["CopyReport", "copy_report", "copy_threshold", "cross_group_distances", "nearest_distances"]
+__all__ = ["CopyReport", "copy_report", "copy_threshold", "cross_group_distances", "group_codes", "nearest_distances"]
 
 
 def nearest_distances(features: np.ndarray, train_features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,30 +29,25 @@ def nearest_distances(features: np.ndarray, train_features: np.ndarray) -> tuple
         train_features: (M, D), M >= 1.
 
     Returns:
-        distances (N,) in [0, 2] and indices (N,). Memory: `CHUNK` x M distances at once.
+        distances (N,) in [0, 2] and indices (N,).
     """
-    x, train = _unit(features), _unit(train_features)
-    distances, indices = np.empty(len(x)), np.empty(len(x), dtype=np.int64)
-    for start in range(0, len(x), CHUNK):
-        block = cdist(x[start : start + CHUNK], train)
-        indices[start : start + CHUNK] = block.argmin(axis=1)
-        distances[start : start + CHUNK] = block.min(axis=1)
-    return distances, indices
+    distances, indices = nearest(unit_rows(features), unit_rows(train_features))
+    return distances[:, 0], indices[:, 0]
 
 
-def cross_group_distances(features: np.ndarray, groups: list[str]) -> np.ndarray:
+def cross_group_distances(features: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     """Distance of each training image to the nearest one of another group: what a new patient's would look like.
 
     Stands in for held-out images where there are too few. Returns (N,); images of a lone group are left out.
     """
-    x, group = _unit(features), np.unique(np.asarray(groups), return_inverse=True)[1]
-    nearest = []
-    for start in range(0, len(x), CHUNK):
-        block = cdist(x[start : start + CHUNK], x)
-        block[group[start : start + CHUNK, None] == group[None, :]] = np.inf
-        nearest.append(block.min(axis=1))
-    distances = np.concatenate(nearest)
+    x, codes = unit_rows(features), group_codes(groups)
+    distances = nearest(x, x, x_groups=codes, y_groups=codes)[0][:, 0]
     return distances[np.isfinite(distances)]
+
+
+def group_codes(groups: Sequence[str]) -> np.ndarray:
+    """Integers (N,), equal where the groups are."""
+    return np.unique(np.asarray(groups), return_inverse=True)[1]
 
 
 def copy_threshold(held_out_distances: np.ndarray) -> float:
@@ -94,10 +89,3 @@ def copy_report(distances: np.ndarray, threshold: float) -> CopyReport:
         return CopyReport(0, 0, None, None, None, False)
     interval = binomtest(copies, n).proportion_ci(method="exact")
     return CopyReport(n, copies, copies / n, float(interval.low), float(interval.high), copies / n > FLAG_RATE)
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    x = np.asarray(features, dtype=np.float64)
-    if x.ndim != 2 or len(x) == 0 or not np.isfinite(x).all():
-        raise DataError("features-invalid", f"Features must be finite and (N, D) with N of at least 1, got shape {x.shape}.")
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

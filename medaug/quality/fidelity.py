@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medaug.draws import numpy_generator, randn
 from medaug.errors import ConfigError, DataError
 from medaug.networks.grading import penultimate
+from medaug.quality.neighbours import nearest
 
 MINIMUM = 50
 CHUNK = 512  # rows of a distance matrix held at once
@@ -25,10 +25,12 @@ CHUNK = 512  # rows of a distance matrix held at once
 __all__ = [
     "Estimate",
     "Extractor",
+    "LogitFeatures",
     "RandomConvFeatures",
     "TaskFeatures",
     "features_of",
     "frechet_distance",
+    "frechet_reduced",
     "kid",
     "neighbourhood_metrics",
     "polynomial_mmd2",
@@ -102,6 +104,20 @@ class TaskFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, D) of images (B, C, H, W) in [-1, 1]."""
         return penultimate(self._network, images)
+
+
+class LogitFeatures:
+    """Logits of a classifier trained on the real training split."""
+
+    def __init__(self, network: nn.Module, name: str = "logits") -> None:
+        self.name = name
+        self._network = network.eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W) in [-1, 1]."""
+        logits: Tensor = self._network(images)
+        return logits
 
 
 def task_features(network: nn.Module, name: str = "task") -> TaskFeatures:
@@ -207,14 +223,24 @@ def frechet_distance(x: np.ndarray, y: np.ndarray, *, minimum: int = MINIMUM) ->
     return replace(estimate, value=value, reliable=not few, note=note)
 
 
+def frechet_reduced(x: np.ndarray, y: np.ndarray, *, minimum: int = MINIMUM) -> Estimate:
+    """`frechet_distance` in the first principal components of the real features `x`, where there are too few images for all.
+
+    As many components as leave 2 d images on either side. Values are comparable only at equal numbers of them: the note says it.
+    """
+    x, y = _checked(x, y)
+    kept = min(len(x), len(y)) // 2
+    if x.shape[1] <= kept or min(len(x), len(y)) < max(minimum, 4):
+        return frechet_distance(x, y, minimum=minimum)
+    centre = x.mean(axis=0)
+    axes = np.linalg.svd(x - centre, full_matrices=False)[2][:kept]
+    found = frechet_distance((x - centre) @ axes.T, (y - centre) @ axes.T, minimum=minimum)
+    return replace(found, note=f"{len(axes)} principal components of {x.shape[1]} features, as there are few images")
+
+
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
-    """Distance of each row to its k-th nearest other row."""
-    radii = []
-    for start in range(0, len(x), CHUNK):
-        distances = cdist(x[start : start + CHUNK], x)
-        # The row itself is one of the zeros, so index k of the sorted row is the k-th neighbour.
-        radii.append(np.partition(distances, k, axis=1)[:, k])
-    return np.concatenate(radii)
+    """Distance of each row to its k-th nearest other row: the row itself is one of the zeros before it."""
+    return nearest(x, x, k + 1)[0][:, k]
 
 
 def neighbourhood_metrics(
@@ -237,12 +263,18 @@ def neighbourhood_metrics(
     real_radii, synthetic_radii, wide_radii = _radii(x, k), _radii(y, k), _radii(x, k_coverage)
     recalled, covered = np.zeros(len(x), bool), np.zeros(len(x), bool)
     precise = dense = 0
+    centre = x.mean(axis=0)
+    x, y = x - centre, y - centre
+    x_squares, y_squares = (x**2).sum(axis=1), (y**2).sum(axis=1)
+    # A product rounds what a radius, from differences, does not: an image on the rim counts as inside.
+    rounding = 1e-12 * (x_squares.max() + y_squares.max())
     for start in range(0, len(y), CHUNK):
-        distances = cdist(x, y[start : start + CHUNK])
-        precise += int((distances <= real_radii[:, None]).any(axis=0).sum())
-        inside = distances <= wide_radii[:, None]
+        part = slice(start, start + CHUNK)
+        squares = x_squares[:, None] + y_squares[None, part] - 2 * (x @ y[part].T) - rounding
+        precise += int((squares <= real_radii[:, None] ** 2).any(axis=0).sum())
+        inside = squares <= wide_radii[:, None] ** 2
         dense += int(inside.sum())
         covered |= inside.any(axis=1)
-        recalled |= (distances <= synthetic_radii[None, start : start + CHUNK]).any(axis=1)
+        recalled |= (squares <= synthetic_radii[None, part] ** 2).any(axis=1)
     values = (precise / len(y), recalled.mean(), dense / (k_coverage * len(y)), covered.mean())
     return {name: replace(estimates[name], value=float(value)) for name, value in zip(names, values, strict=True)}

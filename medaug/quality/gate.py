@@ -15,7 +15,10 @@ from medaug import storage
 from medaug.cohort import Cohort, check_against, created_by, read_cohort
 from medaug.errors import ConfigError, DataError
 from medaug.quality.checks import ACCEPT, CHECKS, LABEL_SOURCES, Finding, GateContext
+from medaug.quality.feature_cache import FeatureCache
+from medaug.quality.gate_config import CheckSpec, PlannedCheck, plan_checks, without_folders
 from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_unlabelled, write_verdicts
+from medaug.quality.membership import membership_of_run
 from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
 from medaug.quality.verdicts import ClassAcceptance, Verdict, acceptance_per_class, combine, cut_to_quota
 from medaug.training.amst_recipe import AmstRecipe
@@ -24,6 +27,7 @@ from medaug.training.classifier import ClassifierRecipe
 if TYPE_CHECKING:
     from medaug.tracking import Run
 
+FEATURES = "features"  # folder of the cache, within the output
 DEFAULT_CHECKS = ("usable", "pseudo_label", "copies")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -54,7 +58,7 @@ def run_gate(
     cohort_dir: Path,
     out: Path,
     *,
-    checks: Sequence[str] = DEFAULT_CHECKS,
+    checks: Sequence[CheckSpec] = DEFAULT_CHECKS,
     threshold: float = PAPER_THRESHOLD,
     quotas: Mapping[str, int] | Sequence[int] | None = None,
     recipe: ClassifierRecipe | None = None,
@@ -68,6 +72,7 @@ def run_gate(
     weights_trusted: bool = False,
     filter_dir: Path | None = None,
     allow_short: bool = False,
+    run_dir: Path | None = None,
     tracking: Run | None = None,
     progress: Progress | None = None,
 ) -> GateResult:
@@ -76,8 +81,8 @@ def run_gate(
     Args:
         synthetic_dir: a cohort folder whose training cases are synthetic.
         cohort_dir: the real cohort that they belong to.
-        out: accepted cohort, ``gate.json``, ``report.html``, ``quarantine.csv``, ``quarantine/``, ``filter/``.
-        checks: names of `CHECKS`; "usable" always runs.
+        out: accepted cohort, ``gate.json``, ``report.html``, ``quarantine.csv``, ``quarantine/``, ``copies/``, ``filter/``, ``features/``.
+        checks: names of `CHECKS`, or mappings of a name to its settings, see `plan_checks`; "usable" always runs.
         threshold: confidence that the pseudo-label needs; the paper's 0.8.
         quotas: wanted images per class: by name, or one number per class in order. More are cut in the cohort's order.
         recipe, network, seed, calibrate: of the label filter, see `train_filter`.
@@ -88,6 +93,7 @@ def run_gate(
         weights_trusted: the user's word for a checkpoint that does not say what it was fitted on, see `check_origin`.
         filter_dir: cache of trained filters; None takes ``out/filter``.
         allow_short: accept a missed quota.
+        run_dir: training run of the generator; adds whether its loss tells training images from validation, see `membership`.
         tracking: a run that takes the tables and sheets.
         progress: called as ``progress(description, total)``, like `medaug.progress.progress`.
 
@@ -97,8 +103,9 @@ def run_gate(
         ConfigError: unknown check or class, threshold outside [0, 1].
     """
     out = Path(out)
-    names = _check_names(checks)
-    if not 0 <= threshold <= 1:
+    planned = plan_checks(checks)
+    names = [check.name for check in planned]
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise ConfigError("threshold-invalid", f"The confidence threshold must be in [0, 1], got {threshold!r}.")
     real, synthetic = read_cohort(cohort_dir, verify=True), read_cohort(synthetic_dir)
     wanted = _quotas(quotas, real.classes)
@@ -106,15 +113,19 @@ def run_gate(
     context = GateContext(
         real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate,
         label=_check_label(label, weights), amst=amst, weights=weights, replace_head=replace_head,
-        weights_trusted=weights_trusted,
+        weights_trusted=weights_trusted, cache=FeatureCache(out / FEATURES),
     )  # fmt: skip
     with storage.locked(out):
-        verdicts = cut_to_quota(_judge(context, names, progress), wanted)
+        verdicts = cut_to_quota(_judge(context, planned, progress), wanted)
+        if run_dir is not None:
+            context.reports["membership"] = membership_of_run(Path(run_dir), real)
         acceptance = acceptance_per_class(verdicts, real.classes, wanted)
         filter_config = {"network": network, "seed": seed, "calibrate": calibrate, "recipe": asdict(recipe or default_recipe())}
         if label != "filter":
             filter_config |= {"label": label, "amst": (amst or AmstRecipe()).content()}
         config = {"checks": names, "threshold": threshold, "quotas": wanted, **filter_config}
+        settings = {check.name: without_folders(check.settings) for check in planned if check.settings}
+        config |= {"settings": settings} if settings else {}
         summary = summary_of(context, names, verdicts, acceptance, config)
         write_verdicts(out, context, verdicts, summary)
         log_gate(tracking, context, verdicts, summary)
@@ -126,13 +137,6 @@ def run_gate(
         if tracking is not None:
             tracking.log_cohort(accepted, "accepted")
     return GateResult(accepted, summary["verdicts"], acceptance, summary, short)
-
-
-def _check_names(checks: Sequence[str]) -> list[str]:
-    unknown = [name for name in checks if name not in CHECKS]
-    if unknown:
-        raise ConfigError("check-unknown", f"A check must be one of {', '.join(CHECKS)}, got {', '.join(unknown)}.")
-    return ["usable", *(name for name in CHECKS if name in checks and name != "usable")]
 
 
 def _check_label(label: str, weights: Path | None) -> str:
@@ -177,18 +181,19 @@ def _check_inputs(real: Cohort, synthetic: Cohort, out: Path) -> None:
         raise ConfigError("out-is-input", "--out must be another folder than the cohort and the synthetic cohort.")
 
 
-def _judge(context: GateContext, names: Sequence[str], progress: Progress | None) -> list[Verdict]:
+def _judge(context: GateContext, planned: Sequence[PlannedCheck], progress: Progress | None) -> list[Verdict]:
     """Run the checks in order; after "usable" they see the readable images only."""
     cases = list(context.synthetic.training)
     findings: dict[str, list[Finding]] = {case.id: [] for case in cases}
+    names = [check.name for check in planned]
     with progress("gate", len(names)) if progress else nullcontext(lambda steps: None) as advance:
-        for name in names:
-            for case, finding in zip(cases, CHECKS[name](context, cases), strict=True):
+        for check in planned:
+            for case, finding in zip(cases, CHECKS[check.name](context, cases, **check.settings), strict=True):
                 findings[case.id].append(finding)
-            if name == "usable":
+            if check.name == "usable":
                 cases = [case for case in cases if findings[case.id][0].verdict == ACCEPT]
             advance(1)
-    return [combine(case, findings[case.id]) for case in context.synthetic.training]
+    return [combine(case, findings[case.id], names) for case in context.synthetic.training]
 
 
 def _refuse_short(acceptance: Sequence[ClassAcceptance], allow_short: bool) -> None:

@@ -14,8 +14,9 @@ from medaug.cohort import Case, Cohort, fit_sha256, write_cohort
 from medaug.errors import LeakageError
 from medaug.quality.amst_labels import facts_for_report
 from medaug.quality.checks import ACCEPT, QUARANTINE, GateContext
-from medaug.quality.fidelity import Estimate, features_of, kid
-from medaug.quality.images import image_batches
+from medaug.quality.copy_pictures import write_copy_pictures
+from medaug.quality.copy_ruler import real_cases
+from medaug.quality.fidelity import Estimate, kid
 from medaug.quality.report import class_sheets, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 GATE_NAME = "gate.json"
 UNLABELLED = "unlabelled"
+FITTED = {"outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
 _FILTER_FACTS = (
     "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "recipe", "seed",
 )  # fmt: skip
@@ -37,10 +39,10 @@ def _fidelity(context: GateContext, accepted: Sequence[Case]) -> list[dict[str, 
     ruler = context.ruler
     real = {"training": ruler.training}
     if context.cohort.validation:
-        real["validation"] = features_of(ruler.extractor, image_batches(context.cohort, context.cohort.validation))
+        real["validation"] = ruler.features(context.cohort, context.cohort.validation)
     rows: list[tuple[str, Estimate]] = []
     if accepted:
-        features = features_of(ruler.extractor, image_batches(context.synthetic, accepted))
+        features = ruler.features(context.synthetic, accepted)
         rows += [(f"accepted to {name}", kid(values, features)) for name, values in real.items()]
     if "validation" in real:
         rows.append(("training to validation (floor)", kid(real["validation"], real["training"])))
@@ -76,7 +78,7 @@ def summary_of(
         facts = {"threshold": ruler.threshold, "basis": ruler.basis, "basis_n": ruler.n, "extractor": ruler.extractor.name}
         summary["copies"] = asdict(context.copies) | facts
         summary["fidelity"] = _fidelity(context, [verdict.case for verdict in verdicts if verdict.verdict == ACCEPT])
-    return summary | {"verdicts": [verdict.to_json(classes) for verdict in verdicts]}
+    return summary | context.reports | {"verdicts": [verdict.to_json(classes) for verdict in verdicts]}
 
 
 def write_verdicts(out: Path, context: GateContext, verdicts: Sequence[Verdict], summary: Mapping[str, Any]) -> None:
@@ -85,6 +87,7 @@ def write_verdicts(out: Path, context: GateContext, verdicts: Sequence[Verdict],
         (out / cohorts.FILE_NAME).unlink(missing_ok=True)
     held = [verdict.case for verdict in verdicts if verdict.verdict == QUARANTINE]
     _place(context.synthetic, held, out, "quarantine")
+    write_copy_pictures(out, context.cohort, context.synthetic, [verdict for verdict in verdicts if verdict.verdict != ACCEPT])
     rows = [
         {"file": _file_of(verdict), "code": code, "reason": text}
         for verdict in verdicts
@@ -146,6 +149,8 @@ def _write_cases(
     out: Path, context: GateContext, names: Sequence[str], verdicts: Sequence[Verdict], made: Mapping[str, Any], what: str
 ) -> Cohort:
     filter_groups = set(context.label_filter.fit_groups) if "pseudo_label" in names else set()
+    if FITTED & set(names):
+        filter_groups |= {case.group for case in real_cases(context.cohort)}
     unions: dict[str, list[str]] = {}
     cases = []
     for verdict in verdicts:

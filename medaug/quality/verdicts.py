@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from medaug.cohort import Case
-from medaug.quality.checks import ACCEPT, QUARANTINE, REJECT, Finding, worst
+from medaug.quality.finding import ACCEPT, QUARANTINE, REJECT, Finding, worst
 
 QUOTA_FILLED = "quota-filled"
 
@@ -26,6 +26,7 @@ class Verdict:
         lineage: numbers the checks add to the case's lineage.
         relabelled: the class it is to carry; None keeps the one it was generated for.
         unlabelled: True for a rejected image that lacks a trusted label and nothing else.
+        by_check: what each check that saw it said.
     """
 
     case: Case
@@ -34,6 +35,7 @@ class Verdict:
     lineage: Mapping[str, Any]
     relabelled: int | None = None
     unlabelled: bool = False
+    by_check: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> int:
@@ -45,7 +47,8 @@ class Verdict:
         row: dict[str, Any] = {"id": self.case.id, "name": self.case.name or self.case.id, "verdict": self.verdict}
         row["reasons"] = [f"{code}: {text}" for code, text in self.reasons]
         named = {"intended": classes[self.case.label]} | ({} if self.relabelled is None else {"label": classes[self.label]})
-        return row | named | dict(self.lineage)
+        checks = {"checks": dict(self.by_check)} if self.by_check else {}
+        return row | named | checks | dict(self.lineage)
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,16 @@ class ClassAcceptance:
         return self.quota is not None and self.accepted < self.quota
 
 
-def combine(case: Case, findings: Sequence[Finding]) -> Verdict:
-    """The strictest verdict of a case's findings, with all their reasons and numbers."""
+def combine(case: Case, findings: Sequence[Finding], names: Sequence[str] = ()) -> Verdict:
+    """The strictest verdict of a case's findings, with all their reasons and numbers; `names` of the checks behind the first of them."""
     reasons = tuple(reason for finding in findings for reason in finding.reasons)
     lineage = {key: value for finding in findings for key, value in finding.lineage.items()}
     labels = [finding.label for finding in findings if finding.label is not None]
     others = [finding.verdict for finding in findings if not finding.unlabelled]
     verdict = worst([finding.verdict for finding in findings])
     unlabelled = verdict == REJECT and len(others) < len(findings) and worst(others) == ACCEPT
-    return Verdict(case, verdict, reasons, lineage, labels[-1] if labels else None, unlabelled)
+    by_check = {name: finding.verdict for name, finding in zip(names, findings, strict=False)}
+    return Verdict(case, verdict, reasons, lineage, labels[-1] if labels else None, unlabelled, by_check)
 
 
 def cut_to_quota(verdicts: Sequence[Verdict], quotas: Sequence[int | None]) -> list[Verdict]:

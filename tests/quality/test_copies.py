@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import beta
 
 from medaug.errors import DataError
-from medaug.quality import copies
+from medaug.quality import neighbours
 from medaug.quality.copies import copy_report, copy_threshold, cross_group_distances, nearest_distances
 
 
@@ -28,7 +28,7 @@ def test_nearest_by_brute_force_and_in_chunks(monkeypatch):
     x, train = normal(20), normal(30, seed=1)
     unit_x, unit_train = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, train))
     expected = np.array([[np.sqrt(((a - b) ** 2).sum()) for b in unit_train] for a in unit_x])
-    monkeypatch.setattr(copies, "CHUNK", 7)
+    monkeypatch.setattr(neighbours, "BLOCK", 210)  # seven rows
     distances, indices = nearest_distances(x, train)
     np.testing.assert_allclose(distances, expected.min(axis=1), rtol=1e-12)
     assert indices.tolist() == expected.argmin(axis=1).tolist()

@@ -17,7 +17,7 @@ from medaug import cohort as cohorts
 from medaug.cohort import Case, Cohort, check_against, fit_sha256, read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.io.raster import write_unit_png
-from medaug.quality import pseudo_label
+from medaug.quality import feature_cache, pseudo_label
 from medaug.quality.gate import run_gate
 from medaug.training.classifier import ClassifierRecipe
 
@@ -241,3 +241,21 @@ def test_real_cases_and_real_folders_are_refused(gate, tmp_path):
         run_gate(tmp_path / "real", tmp_path / "real", tmp_path / "out")
     with pytest.raises(ConfigError, match="another folder"):
         run_gate(tmp_path / "synthetic", tmp_path / "real", tmp_path / "real")
+
+
+def test_checks_with_settings_say_what_each_said(gate, tmp_path):
+    result = gate(checks=[{"copies": {"spaces": ["pixels"]}}, {"fidelity": {"halves": 0}}], filter_dir=None)
+    rows = {row["id"]: row for row in result.verdicts}
+    assert rows["s0copy"]["checks"] == {"usable": "accept", "copies": "quarantine", "fidelity": "accept"}
+    assert rows["s0blank"]["checks"] == {"usable": "reject"}
+    assert list(result.summary["copy_spaces"]) == ["pixels"] and result.summary["near_copies"]["copies"] >= 3
+    assert {row["against"] for row in result.summary["fidelity_table"]} == {"training", "held-out"}
+    assert result.summary["config"]["settings"]["copies"] == {"spaces": ["pixels"]}
+    assert {path.stem for path in (tmp_path / "out" / "copies").iterdir()} >= {"s0copy", "s1copy", "s2copy"}
+
+
+def test_features_are_kept_for_the_next_gate(gate, tmp_path, monkeypatch):
+    gate(checks=["copies"])
+    monkeypatch.setattr(feature_cache, "_compute", lambda *args: pytest.fail("computed twice"))
+    gate(checks=["copies"])
+    assert len(list((tmp_path / "out" / "features").iterdir())) == 1
