@@ -176,10 +176,10 @@ def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
         "command": command_of(parser, options),
         "settings": settings_of(options),
         "environment": environment(),
-        "images_used": found["used"],
+        "images_used": peaks["n"]["used"],
         "medaug_files_per_second": [options.files / seconds for seconds in own],
         "monai_files_per_second": [options.files / seconds for seconds in others],
-        "ratio": statistics.median(ratios),
+        "ratio": statistics.median(ratios) if ratios else None,
         "peak_megabytes": peaks["n"]["megabytes"],
         "peak_megabytes_4n": peaks["4n"]["megabytes"],
         "memory_growth": peaks["4n"]["megabytes"] / peaks["n"]["megabytes"],
@@ -198,7 +198,7 @@ def main() -> None:
         prog="intake_speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--files", type=int, default=5000, help="N; 4 N are written for the second measurement of memory")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of medaug and MONAI")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of medaug and MONAI; 0 measures memory only")
     parser.add_argument("--workers", type=int, default=2, help="processes of either side")
     parser.add_argument("--work", type=Path, default=WORK / "intake_speed", help="where the files and the cohort go")
     parser.add_argument("--no-record", action="store_true", help="print the row only")

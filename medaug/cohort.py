@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ FILE_NAME = "cohort.json"
 QUARANTINE_COLUMNS = ("file", "code", "reason")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Case:
     """One image with its label and its origin.
 
@@ -284,12 +284,11 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 def content_sha256(cohort: Cohort, root: Path) -> str:
     """sha256 over every case's id, label, group, split and image bytes: changes when the data change."""
-    rows = [
+    return storage.sha256_rows(
         [split, case.id, case.label, case.group, storage.sha256_file(root / case.image)]
         for split in SPLITS
         for case in sorted(cohort.split(split), key=lambda case: case.id)
-    ]
-    return storage.sha256_json(rows)
+    )
 
 
 def write_cohort(cohort: Cohort, root: Path) -> Cohort:
@@ -304,7 +303,7 @@ def write_cohort(cohort: Cohort, root: Path) -> Cohort:
         raise DataError("image-missing", f"{len(missing)} case(s) have no image file ({_some(missing)}).")
     validate(cohort)
     cohort = replace(cohort, content_sha256=content_sha256(cohort, root), root=root)
-    storage.write_json(root / FILE_NAME, _to_json(cohort))
+    storage.write_json(root / FILE_NAME, _to_json(cohort), default=_case_to_json)
     return cohort
 
 
@@ -342,6 +341,7 @@ def read_cohort(root: Path, *, verify: bool = False, spatial_dims: int | None = 
 
 
 def _to_json(cohort: Cohort) -> dict[str, Any]:
+    """The content of the file, its cases as they are: `_case_to_json` takes one at a time."""
     header = {
         "format": FORMAT,
         "name": cohort.name,
@@ -361,11 +361,11 @@ def _to_json(cohort: Cohort) -> dict[str, Any]:
     }
     if cohort.spatial_dims != 2:
         header["spatial_dims"] = cohort.spatial_dims
-    return header | {split: [_case_to_json(case) for case in cohort.split(split)] for split in SPLITS}
+    return header | {split: cohort.split(split) for split in SPLITS}
 
 
 def _case_to_json(case: Case) -> dict[str, Any]:
-    row = asdict(case)
+    row = {entry.name: getattr(case, entry.name) for entry in fields(case)}
     row["acquisition"] = dict(case.acquisition)
     if case.lineage is None:
         del row["lineage"]

@@ -10,8 +10,9 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode())
 
 
+def sha256_rows(rows: Iterable[Any]) -> str:
+    """`sha256_json` of a list of values that come one after the other."""
+    digest = hashlib.sha256(b"[")
+    for number, row in enumerate(rows):
+        digest.update(b"," * (number > 0) + json.dumps(row, sort_keys=True, separators=(",", ":"), default=str).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
 @contextmanager
 def storage_errors(name: str) -> Iterator[None]:
     """Turn an OSError while writing `name` into a StorageError with a code the user can act on."""
@@ -62,13 +72,18 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     Raises:
         StorageError: disk full, no permission, or any other fault of the file system.
     """
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """`write_bytes` of what the pieces make together, which is never in memory as a whole."""
     path = Path(path)
     with storage_errors(path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
+                stream.writelines(pieces)
                 stream.flush()
                 os.fsync(stream.fileno())
             umask = os.umask(0)
@@ -95,14 +110,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of indented JSON, ends with a newline. NaN is refused: use None and a reason."""
+def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """`write_bytes` of indented JSON, ends with a newline. NaN is refused: use None and a reason.
+
+    Args:
+        default: makes JSON of an object that is none, when its turn comes.
+    """
     # Piece by piece: json.dumps holds every token of an indented text in a list first, five times the text's own size.
-    data = io.BytesIO()
-    for piece in json.JSONEncoder(indent=2, allow_nan=False, ensure_ascii=False).iterencode(value):
-        data.write(piece.encode())
-    data.write(b"\n")
-    write_bytes(path, data.getbuffer())
+    encoder = json.JSONEncoder(indent=2, allow_nan=False, ensure_ascii=False, default=default)
+    write_pieces(path, (piece.encode() for piece in chain(encoder.iterencode(value), "\n")))
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -142,3 +142,13 @@ def test_json_is_what_json_dumps_gives_at_a_fraction_of_its_memory(tmp_path: Pat
     tracemalloc.stop()
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
     assert peak < 2 * len(expected)  # the text itself; a list of its tokens takes nine times as much
+
+
+def test_rows_hash_like_their_list() -> None:
+    for rows in ([], [["a", 1]], [{"b": 1, "a": [None, "\u00e4"]}, 2.5, "x"]):
+        assert storage.sha256_rows(iter(rows)) == storage.sha256_json(rows)
+
+
+def test_json_of_other_objects_is_made_one_at_a_time(tmp_path: Path) -> None:
+    storage.write_json(tmp_path / "a.json", {"rows": (1, 2 + 3j)}, default=lambda value: [value.real, value.imag])
+    assert storage.read_json(tmp_path / "a.json") == {"rows": [1, [2.0, 3.0]]}

@@ -16,10 +16,12 @@ from medaug.intake.classes import Classes, find_classes, in_words, shown, tidy
 from medaug.intake.grouping import describe_groups, group, join_known, thumbnails
 from medaug.intake.identity import may_name_patient, names_patient
 from medaug.intake.join import SPLIT_RANK
+from medaug.intake.leak import leak_indicator
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.read import Quarantine
 from medaug.intake.readers import agreement, describe, settle
 from medaug.intake.records import IntakeOptions, Record
+from medaug.intake.spool import Spool
 from medaug.splits import grouped_split, stratified_part
 
 DEFAULT_RATIOS = (0.7, 0.1, 0.2)
@@ -32,7 +34,7 @@ class Assembly:
     Attributes:
         records: the images that stay, each with label, group, patient and split.
         classes: ordered class names.
-        leak: see `duplicates.leak_indicator`.
+        leak: see `leak.leak_indicator`.
         groups: how groups were found: number, origin, largest, threshold ...
         neighbour_distances: of the images that were grouped automatically.
         agreement: between readers, see `readers.agreement`.
@@ -55,6 +57,7 @@ def assemble(
     quarantine: Quarantine,
     names: dict[str, str],
     pseudonyms: Pseudonyms,
+    spool: Spool,
 ) -> Assembly:
     """Decide on labels, duplicates, groups and splits of all records.
 
@@ -65,6 +68,7 @@ def assemble(
         quarantine: receives what is left out.
         names: class names for integer labels.
         pseudonyms: what names patients.
+        spool: holds the thumbnails.
 
     Raises:
         DataError: `label-identifies`, `no-usable-image`, `class-too-small`, `labels-not-classes`, `split-impossible`, `split-missing`.
@@ -72,7 +76,7 @@ def assemble(
     if not records:
         raise no_usable_image(quarantine)
     ordered = sorted(records, key=Record.order)
-    for record in ordered:
+    for record in ordered if names else ():
         record.labels = tuple(sorted({names.get(label, label) for label in record.labels}))
         record.votes = tuple((row, reader, names.get(label, label)) for row, reader, label in record.votes)
     sayable = refuse_names(ordered)
@@ -91,14 +95,14 @@ def assemble(
     if merged:
         result.notes.append(f"{merged} pair(s) of patients or groups hold identical images and were joined to one group.")
     keeps_splits = has_splits and options.split is None
-    grouped = group(ordered, kept, sets, keeps_splits, pseudonyms)
+    grouped = group(ordered, kept, sets, keeps_splits, pseudonyms, spool)
     result.neighbour_distances = grouped.neighbour_distances
     result.notes.extend(grouped.notes)
     _refuse_small_classes(result.records, classes.names, sayable)
     _split(result, options, keeps_splits, quarantine, sayable)
     _keep_training(result, options)
     result.groups = describe_groups(result.records) | grouped.search
-    result.leak = _leak(result.records, options.seed)
+    result.leak = _leak(result.records, spool, options.seed)
     return result
 
 
@@ -298,10 +302,10 @@ def _keep_training(result: Assembly, options: IntakeOptions) -> None:
     result.notes.append(f"{options.training_images} of {len(training)} training images were kept, chosen by class and seed.")
 
 
-def _leak(records: Sequence[Record], seed: int) -> dict[str, Any]:
+def _leak(records: Sequence[Record], spool: Spool, seed: int) -> dict[str, Any]:
     sides = [[record for record in records if record.split == split] for split in ("training", "test")]
     if not all(sides):
         text = "No test split: the leak indicator cannot be computed."
         return {"level": "unknown", "verdict": text, "warning": None, "n": 0}
-    (train, train_labels), (test, test_labels) = ((thumbnails(side), [record.label for record in side]) for side in sides)
-    return duplicates.leak_indicator(train, train_labels, test, test_labels, seed=seed)
+    (train, train_labels), (test, test_labels) = ((thumbnails(spool, side), [record.label for record in side]) for side in sides)
+    return leak_indicator(train, train_labels, test, test_labels, seed=seed)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from medaug.intake.assemble import Assembly, assemble, no_usable_image
 from medaug.intake.compose import compose
 from medaug.intake.copies import discard_copies, publish_copies, write_copies
 from medaug.intake.identity import known_patient
-from medaug.intake.join import Joiner
+from medaug.intake.join import Table
 from medaug.intake.labels import read_rows
 from medaug.intake.processes import read_records
 from medaug.intake.pseudonyms import Pseudonyms, write_mapping
@@ -25,6 +26,7 @@ from medaug.intake.read import Quarantine, Suspects
 from medaug.intake.records import IntakeOptions, IntakeResult, Record, partial_folder
 from medaug.intake.scan import Scan, scan, source_sha256
 from medaug.intake.series import arrange
+from medaug.intake.spool import Spool
 from medaug.intake.tables import count_uncached
 from medaug.intake.volumes import gather
 
@@ -69,7 +71,7 @@ def run_intake(options: IntakeOptions, progress: Progress | None = None) -> Inta
         result = _take_in(options, found, source, emptied(folder), progress, pseudonyms)
         publish_copies(options)
         publish(folder, options.out)
-    result.cohort = read_cohort(options.out, spatial_dims=None)
+    result.cohort = replace(result.cohort, root=options.out)
     return result
 
 
@@ -162,29 +164,29 @@ def _take_in(
     quarantine = Quarantine(list(found.quarantine), dict(found.places))
     if not found.items:
         raise no_usable_image(quarantine)
-    arrangement = arrange(found.items, options)
-    found.items = gather(arrangement.items) if options.dimensions == 3 else arrangement.items
-    quarantine.rows.extend(arrangement.quarantine)
-    quarantine.places |= arrangement.places
-    if not found.items:
-        raise no_usable_image(quarantine)
-    suspects = Suspects()
+    notes = _arranged(found, options, quarantine)
+    suspects, spool = Suspects(), Spool(folder)
     with progress("reading images", len(found.items)) if progress else nullcontext(lambda steps: None) as advance:
-        records, joiner = read_records(found, options, folder, quarantine, advance, suspects)
-    _name_series(records, pseudonyms)
+        records, table = read_records(found, options, folder, quarantine, advance, suspects, spool, pseudonyms)
+    join = _join_facts(options, table, quarantine)
+    notes = [*_reading_notes(options, found, table, suspects), *notes]
+    files, found.items = len(found.items), []
+    del table
     has_splits = options.split_column is not None or found.has_splits
     names = found.class_names | dict(options.class_names or ())
-    assembly = assemble(records, options, has_splits, quarantine, names, pseudonyms)
-    assembly.notes.extend(_reading_notes(options, found, joiner, suspects))
-    assembly.notes.extend(arrangement.notes)
+    assembly = assemble(records, options, has_splits, quarantine, names, pseudonyms, spool)
+    del records
+    assembly.notes.extend(notes)
     copies: dict[str, Any] = {}
     if folder is not None and options.keep_dicom is not None:
         copies = write_copies(assembly.records, options, pseudonyms, quarantine, frozenset(suspects.left_out))
         assembly.notes.append(f"{copies['files']} de-identified DICOM copies were written; {copies['refused']} were not kept.")
     cohort = compose(options, source, assembly, folder, pseudonyms)
-    counts = _counts(cohort, found, joiner, quarantine)
+    if options.mapping is None:
+        assembly.records = []  # the cohort has what is needed of them
+    counts = _counts(cohort, files, found, join["restored_zeros"], quarantine)
     content = report.content(cohort, counts, assembly, quarantine.sorted())
-    content |= {"join": _join_facts(options, joiner, quarantine), "burned_in_text": suspects.content(), "copies": copies}
+    content |= {"join": join, "burned_in_text": suspects.content(), "copies": copies}
     result = IntakeResult(cohort, counts, assembly.leak, quarantine.sorted(), assembly.notes, content)
     if folder is not None:
         _write(result, assembly, folder, suspects)
@@ -193,11 +195,15 @@ def _take_in(
     return result
 
 
-def _name_series(records: Sequence[Record], pseudonyms: Pseudonyms) -> None:
-    """Give the images of one series one pseudonym: exports put them into one series again."""
-    for record in records:
-        if record.item.series:
-            record.acquisition["series"] = pseudonyms.hexadecimal("series", record.item.series)
+def _arranged(found: Scan, options: IntakeOptions, quarantine: Quarantine) -> list[str]:
+    """Sort the items into series and volumes, leave out what does not belong; returns notes."""
+    arrangement = arrange(found.items, options)
+    found.items = gather(arrangement.items) if options.dimensions == 3 else arrangement.items
+    quarantine.rows.extend(arrangement.quarantine)
+    quarantine.places |= arrangement.places
+    if not found.items:
+        raise no_usable_image(quarantine)
+    return arrangement.notes
 
 
 def _mapping_rows(records: Sequence[Record], quarantine: Quarantine, pseudonyms: Pseudonyms) -> Iterator[tuple[str, str, str]]:
@@ -213,24 +219,24 @@ def _mapping_rows(records: Sequence[Record], quarantine: Quarantine, pseudonyms:
                 yield kind, pseudonyms.uid(value), value
 
 
-def _join_facts(options: IntakeOptions, joiner: Joiner, quarantine: Quarantine) -> dict[str, Any]:
+def _join_facts(options: IntakeOptions, table: Table, quarantine: Quarantine) -> dict[str, Any]:
     """Both kinds of orphans: how many, and the rows' numbers; no identifier."""
-    orphans = sorted(row.number for row in joiner.unused())
+    orphans = sorted(table.unused())
     return {
         "key": options.key if options.labels is not None else "",
-        "rows": len(joiner.rows),
+        "rows": len(table.rows),
         "rows_without_image": len(orphans),
         "row_numbers_without_image": orphans[:LISTED_ORPHANS],
         "images_without_row": quarantine.by_code().get("image-without-label", 0),
-        "restored_zeros": joiner.restored_zeros,
+        "restored_zeros": table.restored_zeros,
     }
 
 
-def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner, suspects: Suspects) -> list[str]:
+def _reading_notes(options: IntakeOptions, found: Scan, table: Table, suspects: Suspects) -> list[str]:
     notes = []
-    if joiner.restored_zeros:
+    if table.restored_zeros:
         notes.append(
-            f"{joiner.restored_zeros} identifier(s) matched the label table only without leading zeros; "
+            f"{table.restored_zeros} identifier(s) matched the label table only without leading zeros; "
             "each fitted one image or patient."
         )
     uncached = count_uncached(options.labels, options.sheet) if options.labels is not None else 0
@@ -251,9 +257,9 @@ def _reading_notes(options: IntakeOptions, found: Scan, joiner: Joiner, suspects
     return notes
 
 
-def _counts(cohort: Cohort, found: Scan, joiner: Joiner, quarantine: Quarantine) -> dict[str, Any]:
+def _counts(cohort: Cohort, files: int, found: Scan, restored_zeros: int, quarantine: Quarantine) -> dict[str, Any]:
     return {
-        "files": len(found.items),
+        "files": files,
         "used": len(cohort.cases()),
         "quarantined": len(quarantine.rows),
         "splits": {split: dict(zip(cohort.classes, cohort.class_counts(split), strict=True)) for split in SPLITS},
@@ -261,15 +267,15 @@ def _counts(cohort: Cohort, found: Scan, joiner: Joiner, quarantine: Quarantine)
         "patients": len({case.patient for case in cohort.cases()} - {""}),
         "quarantine": quarantine.by_code(),
         "ignored": dict(sorted(found.ignored.items())),
-        "restored_zeros": joiner.restored_zeros,
+        "restored_zeros": restored_zeros,
     }
 
 
 def _write(result: IntakeResult, assembly: Assembly, folder: Path, suspects: Suspects) -> None:
     """Everything but the images, which are there already; those that were left out go."""
-    wanted = {Path(case.image).name for case in result.cohort.cases()}
+    wanted = {case.image for case in result.cohort.cases()}
     for path in (folder / "images").iterdir():
-        if path.name not in wanted:
+        if f"images/{path.name}" not in wanted:
             path.unlink()
     result.cohort = write_cohort(result.cohort, folder)
     result.report["content_sha256"] = result.cohort.content_sha256

@@ -7,7 +7,7 @@ a row at regular distances. A side marker of one or two lead letters is no row; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Suspicion:
     boxes: tuple[Box, ...] = ()
 
 
-def suspect(pixels: np.ndarray, header: dict[str, Any]) -> Suspicion | None:
+def suspect(pixels: np.ndarray, header: Mapping[str, Any]) -> Suspicion | None:
     """What speaks for burned-in text; None if nothing does.
 
     Args:
@@ -86,7 +86,7 @@ def explain(found: Suspicion, policy: str) -> str:
     return f"The pixels may hold text ({why}); --burned-in mask or keep takes it in."
 
 
-def _is_risky(header: dict[str, Any]) -> bool:
+def _is_risky(header: Mapping[str, Any]) -> bool:
     sop_class = str(header.get("sop_class", ""))
     by_class = any(sop_class == root or sop_class.startswith(root + ".") for root in RISKY_CLASSES)
     return by_class or bool(RISKY_TYPES & {str(value).strip().upper() for value in header.get("image_type", ())})

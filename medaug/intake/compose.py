@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from medaug.intake.assemble import Assembly
 from medaug.intake.processes import image_path
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.records import IntakeOptions, Record
+from medaug.intake.spool import Facts, plain
 from medaug.io import raster
 
 
@@ -58,7 +58,7 @@ def _side(records: Sequence[Record], options: IntakeOptions) -> int:
 
 def _key_note(records: Sequence[Record], pseudonyms: Pseudonyms) -> dict[str, Any]:
     """Which key the pseudonyms are of, as a fingerprint; nothing if there are none."""
-    named = any(record.patient or "series" in record.acquisition for record in records)
+    named = any(record.patient or record.item.series for record in records)
     return {"pseudonym_key": pseudonyms.fingerprint} if named else {}
 
 
@@ -69,9 +69,10 @@ def text_note(records: Sequence[Record], options: IntakeOptions) -> dict[str, An
 
 
 def _case(record: Record, intensity: dict[str, Any]) -> Case:
-    acquisition = plain(record.acquisition)
-    if intensity["kind"] in ("percentile", "mixed"):
-        acquisition["intensity"] = plain(record.intensity)
+    acquisition = record.acquisition
+    if intensity["kind"] == "mixed" and record.intensity["kind"] != "percentile":  # those have it
+        assert isinstance(acquisition, Facts)
+        acquisition = acquisition.extended(intensity=record.intensity)
     return Case(
         id=record.case_id,
         image=image_path(record),
@@ -97,19 +98,6 @@ def _intensity(records: Sequence[Record]) -> dict[str, Any]:
         "0": "differs per image: acquisition.intensity",
         "1": "differs per image: acquisition.intensity",
     }
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON holds it; numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _modality(records: Sequence[Record], options: IntakeOptions, notes: list[str]) -> str:

@@ -53,14 +53,14 @@ def write_copies(
         folder.mkdir(parents=True)
     for source, own in sorted(by_source.items()):
         first = own[0]
-        files = first.item.members or ((first.item.relative, first.item.path),)
-        for number, (relative, path) in enumerate(files):
+        files = first.item.members or (first.item,)
+        for number, file in enumerate(files):
             try:
                 if source in withheld:
                     raise DataError(
                         "burned-in-text", "A frame of this file was left out for text in its pixels; no copy was written."
                     )
-                series, data = _copy(own, relative, path, pseudonyms)
+                series, data = _copy(own, file.relative, file.path, pseudonyms)
             except DataError as error:
                 refused += 1
                 quarantine.leave_out(first, error.code, error.message)

@@ -1,4 +1,4 @@
-"""Which images show the same patient, and how much of the test split a memory of the training split gives away.
+"""Which images show the same patient.
 
 Slices of one patient look alike. Where nothing says which patient an image is of, groups are found from the pixels: a
 perceptual hash joins near-copies, then average-linkage clustering joins images that are about as close as nearest
@@ -8,18 +8,19 @@ neighbours are in this cohort. Labels are never used for it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cmp_to_key
 
 import numpy as np
 from PIL import Image
 
-from medaug import draws
-from medaug.errors import DataError
+from medaug.intake.spool import THUMBNAIL_SIZE, Thumbnails
 from medaug.io.blocks import row_blocks
 
-THUMBNAIL_SIZE = 32
+Images = np.ndarray | Thumbnails  # (N, 32, 32) in [0, 1]
+
 HASH_RADIUS = 6  # differing bits of 64 up to which two images count as near-copies
 NEIGHBOUR_QUANTILE = 0.9  # nine images of ten have their nearest neighbour within the linkage threshold
 TYPICAL_SHARE = 0.5  # ... which is at most this share of the typical distance: unlike images must not become groups
@@ -52,7 +53,7 @@ class Union:
     """Disjoint sets over 0 .. n-1."""
 
     def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
+        self._parent = array("q", range(size))
 
     def find(self, index: int) -> int:
         """The smallest member of the set that holds `index`."""
@@ -142,7 +143,7 @@ def largest_group(count: int) -> int:
 
 
 def find_groups(
-    thumbnails: np.ndarray, together: Sequence[Hashable | None] | None = None, *, near_copies_only: bool = False
+    thumbnails: Images, together: Sequence[Hashable | None] | None = None, *, near_copies_only: bool = False
 ) -> Grouping:
     """Group images that look as if they were of one patient.
 
@@ -161,18 +162,17 @@ def find_groups(
     """
     count = len(thumbnails)
     limit = largest_group(count)
-    # The order of ties must not depend on the order of the files.
-    order = np.array(sorted(range(count), key=lambda index: thumbnails[index].tobytes()), dtype=np.int64)
-    stack = np.asarray(thumbnails)[order]
+    order = _content_order(thumbnails)
+    stack = thumbnails[order]
     sets = Union(count)
-    hashes = perceptual_hash(stack) if count else np.zeros((0, 64), np.float32)
+    hashes = _by_blocks(perceptual_hash, stack, 64)
     _join_near_copies(sets, hashes, np.arange(count), HASH_RADIUS, limit)
     near_copies = _in_company(sets, count)
     if together is not None:
         sets.join_equal([together[index] for index in order])
     neighbours, threshold = np.full(count, np.nan), None
     if FEW <= count <= MAX_CLUSTERED and not near_copies_only:
-        vectors = features(stack)
+        vectors = _by_blocks(features, stack, THUMBNAIL_SIZE**2 + 512)
         neighbours = _neighbour_distances(vectors)
         threshold = min(float(np.quantile(neighbours, NEIGHBOUR_QUANTILE)), TYPICAL_SHARE * _typical_distance(vectors))
         _join_similar(sets, vectors, threshold, limit)
@@ -180,6 +180,27 @@ def find_groups(
     roots[order] = [sets.find(index) for index in range(count)]
     distances[order] = neighbours
     return Grouping(_renumber(roots), threshold, distances, near_copies, limit)
+
+
+def _content_order(thumbnails: Images) -> np.ndarray:
+    """Indices in the order of the images' bytes: the order of ties must not depend on that of the files.
+
+    Two images at a time are looked at; all of them as keys would take the memory that the spool saves.
+    """
+
+    def compare(first: int, second: int) -> int:
+        left, right = thumbnails[first].tobytes(), thumbnails[second].tobytes()
+        return (left > right) - (left < right)
+
+    return np.array(sorted(range(len(thumbnails)), key=cmp_to_key(compare)), dtype=np.int64)
+
+
+def _by_blocks(function: Callable[[np.ndarray], np.ndarray], images: Images, width: int) -> np.ndarray:
+    """(N, width) float32 of a function of thumbnails whose steps take several times the memory of what it gives."""
+    result = np.empty((len(images), width), dtype=np.float32)
+    for start in range(0, len(images), BLOCK):
+        result[start : start + BLOCK] = function(images[start : start + BLOCK])
+    return result
 
 
 def _renumber(roots: np.ndarray) -> tuple[int, ...]:
@@ -270,131 +291,3 @@ def _link(sets: Union, vectors: np.ndarray, members: np.ndarray, threshold: floa
         clusters[len(members) + step] = joined
         for index in joined[1:]:
             sets.join(joined[0], index)
-
-
-def leak_indicator(
-    train_thumbs: np.ndarray, train_labels: Sequence[int], test_thumbs: np.ndarray, test_labels: Sequence[int], *, seed: int = 0
-) -> dict[str, Any]:
-    """How well the label of the nearest training image predicts the label of a test image.
-
-    A patient on both sides of the split makes the nearest training image one of the same patient, so that a mere
-    memory looks skilled. The figure stands beside three others: chance (1 / classes), the same with shuffled training
-    labels, and a ridge classifier on few principal components that can learn the look of a class but not recall single
-    images. High means: above what shuffling gives, and above the memoryless classifier by more than 0.05 and 1.645
-    standard errors (bootstrap over test images); or so near to perfect (three quarters of the way from chance) that
-    nothing could show a leak any more.
-
-    Args:
-        train_thumbs, test_thumbs: (N, 32, 32) in [0, 1].
-        train_labels, test_labels: class index per image.
-        seed: key of the shuffles and of the bootstrap.
-
-    Returns:
-        accuracy, balanced_accuracy, chance, majority, shuffled, shuffled_high (95th percentile), memoryless,
-        standard_error, n, level ("low" or "high"), verdict (a sentence), warning (the sentence if high, else None).
-
-    Raises:
-        DataError: a side is empty.
-    """
-    known, truth = np.asarray(train_labels, dtype=np.int64), np.asarray(test_labels, dtype=np.int64)
-    if not len(known) or not len(truth):
-        raise DataError("split-empty", "The leak indicator needs training and test images; change the split.")
-    nearest = _nearest(train_thumbs, test_thumbs)
-    right = known[nearest] == truth
-    forgetful = _memoryless_labels(train_thumbs, known, test_thumbs) == truth
-    generator = draws.numpy_generator(seed, "leak-indicator")
-    shuffled = [_balanced(generator.permutation(known)[nearest] == truth, truth) for _ in range(200)]
-    balanced, memoryless = _balanced(right, truth), _balanced(forgetful, truth)
-    error = _bootstrap_error(right, forgetful, truth, generator)
-    result: dict[str, Any] = {
-        "accuracy": float(right.mean()),
-        "balanced_accuracy": balanced,
-        "chance": 1.0 / len(np.union1d(known, truth)),
-        "majority": float((truth == np.bincount(known).argmax()).mean()),
-        "shuffled": float(np.mean(shuffled)),
-        "shuffled_high": float(np.quantile(shuffled, 0.95)),
-        "memoryless": memoryless,
-        "standard_error": error,
-        "n": len(truth),
-    }
-    return result | _verdict(result)
-
-
-def _verdict(found: dict[str, Any]) -> dict[str, Any]:
-    balanced, chance = found["balanced_accuracy"], found["chance"]
-    figures = (
-        f"the nearest training image has the label of {balanced:.0%} of the test images "
-        f"(balanced over classes; chance {chance:.0%}, a classifier without memory {found['memoryless']:.0%})"
-    )
-    if balanced > found["shuffled_high"] and balanced - found["memoryless"] > max(0.05, 1.645 * found["standard_error"]):
-        text = f"High: {figures}. Patients probably cross the split: "
-        text += "give a patient column, or let the groups be found automatically."
-        return {"level": "high", "verdict": text, "warning": text}
-    if balanced > found["shuffled_high"] and balanced >= chance + 0.75 * (1 - chance):
-        text = f"High: {figures}. Either patients cross the split or the classes differ at first sight (scanner, crop, marks): "
-        text += "accuracies measured here say little about either."
-        return {"level": "high", "verdict": text, "warning": text}
-    return {"level": "low", "verdict": f"Low: {figures}. Nothing here shows that patients cross the split.", "warning": None}
-
-
-def _blocks(images: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of pixels, float32, some at a time: the whole set as numbers of 32 bits would grow with the cohort."""
-    for start in range(0, len(images), BLOCK):
-        part = images[start : start + BLOCK]
-        yield start, np.asarray(part, dtype=np.float32).reshape(len(part), -1)
-
-
-def _nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Index of the nearest training image of each test image, the first of equals."""
-    index, distance = np.zeros(len(test), dtype=np.int64), np.full(len(test), np.inf, dtype=np.float32)
-    for first, known in _blocks(train):
-        squares = (known**2).sum(axis=1)
-        for start, block in _blocks(test):
-            found = squares[None, :] - 2 * block @ known.T
-            best, rows = found.argmin(axis=1), slice(start, start + len(block))
-            closer = found[np.arange(len(block)), best] < distance[rows]
-            index[rows][closer] = best[closer] + first
-            distance[rows] = np.minimum(distance[rows], found.min(axis=1))
-    return index
-
-
-def _balanced(right: np.ndarray, truth: np.ndarray) -> float:
-    return float(np.mean([right[truth == label].mean() for label in np.unique(truth)]))
-
-
-def _memoryless_labels(train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Class-balanced ridge regression on the first components: at most 30, and 20 images for each of them."""
-    mean = np.sum([block.sum(axis=0, dtype=np.float64) for _, block in _blocks(train)], axis=0) / len(train)
-    deviation, basis = _principal(train, mean, int(np.clip(len(train) // 20, 1, 30)))
-    scale = basis / np.maximum(deviation[:, None], 1e-6)
-    known, unknown = (
-        np.concatenate([np.append((block - mean) @ scale.T, np.ones((len(block), 1)), axis=1) for _, block in _blocks(side)])
-        for side in (train, test)
-    )
-    classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    weight = (len(train) / (len(classes) * sizes))[index][:, None]
-    target = np.eye(len(classes))[index]
-    penalty = np.diag([*[0.1 * len(train)] * (known.shape[1] - 1), 1e-6])
-    solution = np.linalg.solve(known.T @ (weight * known) + penalty, known.T @ (weight * target))
-    return classes[(unknown @ solution).argmax(axis=1)]
-
-
-def _principal(images: np.ndarray, mean: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations (K,) along the first principal components and these, (K, pixels): eigenvectors of the covariance."""
-    from scipy.linalg import eigh
-
-    covariance = np.zeros((len(mean), len(mean)))
-    for _, block in _blocks(images):
-        centred = block - mean
-        covariance += centred.T @ centred / len(images)
-    last = len(mean) - 1
-    values, vectors = eigh(covariance, subset_by_index=(max(last + 1 - components, 0), last))
-    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
-
-
-def _bootstrap_error(right: np.ndarray, forgetful: np.ndarray, truth: np.ndarray, generator: np.random.Generator) -> float:
-    """Standard error of the difference of two balanced accuracies, resampled within each class."""
-    members = [np.nonzero(truth == label)[0] for label in np.unique(truth)]
-    difference = right.astype(np.float64) - forgetful
-    draws_ = [np.mean([difference[generator.choice(index, len(index))].mean() for index in members]) for _ in range(200)]
-    return float(np.std(draws_))

@@ -13,6 +13,7 @@ from medaug import storage
 from medaug.intake import duplicates
 from medaug.intake.pseudonyms import Pseudonyms
 from medaug.intake.records import Record
+from medaug.intake.spool import Spool, Thumbnails
 
 
 @dataclass
@@ -39,7 +40,7 @@ def join_known(records: Sequence[Record], sets: duplicates.Union) -> int:
     sets.join_equal([record.volume if _is_own_volume(record) else None for record in records])
     _join_studies(records, sets)
     merged = 0
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     for index, record in enumerate(records):
         if record.is_blank:
             continue  # an empty slice says nothing about whose it is
@@ -62,7 +63,12 @@ def _join_studies(records: Sequence[Record], sets: duplicates.Union) -> None:
 
 
 def group(
-    ordered: Sequence[Record], kept: Sequence[int], sets: duplicates.Union, keeps_splits: bool, pseudonyms: Pseudonyms
+    ordered: Sequence[Record],
+    kept: Sequence[int],
+    sets: duplicates.Union,
+    keeps_splits: bool,
+    pseudonyms: Pseudonyms,
+    spool: Spool,
 ) -> Grouped:
     """Give every kept record its group and its patient's pseudonym.
 
@@ -74,7 +80,7 @@ def group(
     split costs its training images. Near-copies are joined all the same.
     """
     alone = [index for index in kept if not ordered[index].group_keys]
-    stack = thumbnails([ordered[index] for index in alone])
+    stack = thumbnails(spool, [ordered[index] for index in alone])
     grouping = duplicates.find_groups(stack, [sets.find(index) for index in alone], near_copies_only=keeps_splits)
     first: dict[int, int] = {}
     for index, number in zip(alone, grouping.labels, strict=True):
@@ -84,10 +90,10 @@ def group(
         members[sets.find(index)].append(ordered[index])
     for group in members.values():
         patients = {value for record in group for kind, value in record.group_keys if kind == "patient"}
-        content = _members_sha256(group)
+        unit = ("p" if patients else "g") + _members_sha256(group)
+        name = pseudonyms.patient(*patients) if patients else unit
         for record in group:
-            record.unit = ("p" if patients else "g") + content
-            record.group = pseudonyms.patient(*patients) if patients else record.unit
+            record.unit, record.group = unit, name
     _name_patients([ordered[index] for index in kept], pseudonyms)
     notes = [f"{len(alone)} image(s) have no patient and no group: {_how_grouped(len(alone), keeps_splits)}"] if alone else []
     return Grouped(_describe_search(grouping, len(alone)), grouping.neighbour_distances, notes)
@@ -107,9 +113,12 @@ def _members_sha256(records: Sequence[Record]) -> str:
 
 
 def _name_patients(records: Sequence[Record], pseudonyms: Pseudonyms) -> None:
+    names: dict[tuple[tuple[str, str], ...], str] = {}  # one text for all images of a patient
     for record in records:
-        names = [pseudonyms.patient(value) for kind, value in record.group_keys if kind == "patient"]
-        record.patient = min(names, default="")
+        keys = record.group_keys
+        if keys not in names:
+            names[keys] = min((pseudonyms.patient(value) for kind, value in keys if kind == "patient"), default="")
+        record.patient = names[keys]
 
 
 def describe_groups(records: Sequence[Record]) -> dict[str, Any]:
@@ -134,8 +143,6 @@ def _describe_search(grouping: duplicates.Grouping, automatic: int) -> dict[str,
     }
 
 
-def thumbnails(records: Sequence[Record]) -> np.ndarray:
+def thumbnails(spool: Spool, records: Sequence[Record]) -> Thumbnails:
     """The thumbnails of records, (N, 32, 32) float16 in [0, 1]."""
-    side = duplicates.THUMBNAIL_SIZE
-    images = [record.thumbnail for record in records if record.thumbnail is not None]
-    return np.stack(images) if images else np.zeros((0, side, side), np.float16)
+    return Thumbnails(spool, [record.place for record in records])

@@ -30,14 +30,15 @@ from medaug.errors import ConfigError, DataError, LeakageError, StorageError
 from medaug.intake.assemble import no_usable_image
 from medaug.intake.build import emptied, publish, reserved
 from medaug.intake.classes import number, tidy
-from medaug.intake.compose import change_channels, plain, text_note
-from medaug.intake.join import Joiner
+from medaug.intake.compose import change_channels, text_note
+from medaug.intake.join import Joiner, Table
 from medaug.intake.labels import read_rows
 from medaug.intake.processes import case_id_of, image_path, settle_image
 from medaug.intake.read import Done, Quarantine, Reader
 from medaug.intake.records import IntakeOptions, Item, Record
 from medaug.intake.scan import Scan, scan, source_sha256
 from medaug.intake.series import arrange
+from medaug.intake.spool import plain
 from medaug.io.picture import Picture
 from medaug.io.pixels import held_out_pixels, shared_pixels
 
@@ -106,27 +107,31 @@ class ImportResult:
     reused: bool = False
 
 
+@dataclass(frozen=True)
 class _Reader(Reader):
-    """Reads images so that 0 and 1 mean what they mean in a cohort; remembers what each says it was made from."""
+    """Reads images so that 0 and 1 mean what they mean in a cohort; remembers what each says it was made from.
 
-    def __init__(self, options: IntakeOptions, joiner: Joiner, folder: Path | None, like: Cohort) -> None:
-        super().__init__(options, joiner, folder)
-        self._like = like
-        self.references: dict[int, tuple[str, ...]] = {}  # by id() of the record
+    Attributes:
+        like: the cohort.
+        references: what the table says of each record, by its id().
+    """
+
+    like: Cohort
+    references: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def window_of(self, picture: Picture) -> tuple[float, float] | None:
-        intensity = self._like.intensity
+        intensity = self.like.intensity
         kinds = {"hu": "window_hu", "stored": "window_stored"}
         if kinds.get(picture.unit) == intensity.get("kind"):
             return float(intensity["0"]), float(intensity["1"])
         return FULL_RANGE.get(picture.unit)
 
     def _take(
-        self, done: Done, index: int, item: Item, number: int, picture: Picture, split: str | None, label: str | None
+        self, done: Done, joiner: Joiner, name: str, number: int, picture: Picture, split: str | None, label: str | None
     ) -> None:
         before = len(done.records)
-        super()._take(done, index, item, number, picture, split, label)
-        named = {row.group for row in self.joiner.table_rows(index, picture.identifiers) if row.group}
+        super()._take(done, joiner, name, number, picture, split, label)
+        named = {row.group for row in joiner.rows(picture.identifiers) if row.group}
         for record in done.records[before:]:
             self.references[id(record)] = tuple(sorted(named))
 
@@ -251,9 +256,9 @@ class _Maker:
         self.quarantine.rows.extend(arrangement.quarantine)
         with storage.storage_errors("images"):
             (self.folder / "images").mkdir(exist_ok=True)
-        joiner = Joiner(self.options, arrangement.items)
-        records, references = self._read(arrangement.items, joiner, progress)
-        orphans = sorted(row.number for row in joiner.unused())
+        table = Table(self.options, arrangement.items)
+        records, references = self._read(arrangement.items, table, progress)
+        orphans = sorted(table.unused())
         for row in orphans:
             self.quarantine.add(
                 f"table row {row}", "label-without-image", "No image of the source belongs to this row of the label table."
@@ -264,23 +269,24 @@ class _Maker:
         cohort = self._cohort(
             cases, [record for record in records if record.case_id in {case.id for case in cases}], made, source
         )
-        report = self._report(cohort, joiner, orphans)
+        report = self._report(cohort, table, orphans)
         storage.write_csv(self.folder / "quarantine.csv", report["quarantine"], QUARANTINE_COLUMNS)
         storage.write_json(self.folder / "report.json", report)
         return ImportResult(cohort, report)
 
     def _read(
-        self, items: Sequence[Item], joiner: Joiner, progress: Progress | None
+        self, items: Sequence[Item], table: Table, progress: Progress | None
     ) -> tuple[list[Record], dict[int, tuple[str, ...]]]:
-        reader = _Reader(self.options, joiner, self.folder, self.like)
+        reader = _Reader(self.options, table.by_position, self.folder, self.like)
         records: list[Record] = []
-        taken: dict[str, tuple[str, str]] = {}
+        taken: dict[str, int] = {}
         with progress("reading images", len(items)) if progress else nullcontext(lambda steps: None) as advance:
             for index, item in enumerate(items):
-                done = reader.read(index, item)
+                done = reader.read(index, item, table.known(index, item))
+                table.add_seen(done.used, done.restored)
                 self.quarantine.rows.extend(done.quarantine.rows)
                 for record in done.records:
-                    record.case_id = case_id_of(record, taken)
+                    record.case_id = case_id_of(record, taken, records)
                     settle_image(self.folder, record)
                     records.append(record)
                 advance(1)
@@ -309,7 +315,7 @@ class _Maker:
 
     def _distinct(self, records: Sequence[Record]) -> list[Record]:
         """The first of identical images; none where their labels differ."""
-        same: dict[str, list[Record]] = defaultdict(list)
+        same: dict[bytes, list[Record]] = defaultdict(list)
         for record in records:
             same[record.pixels].append(record)
         kept = []
@@ -375,7 +381,7 @@ class _Maker:
             )
         return write_cohort(cohort, self.folder)
 
-    def _report(self, cohort: Cohort, joiner: Joiner, orphans: Sequence[int]) -> dict[str, Any]:
+    def _report(self, cohort: Cohort, table: Table, orphans: Sequence[int]) -> dict[str, Any]:
         rows = self.quarantine.sorted()
         return {
             "cases": len(cohort.training),
@@ -383,7 +389,7 @@ class _Maker:
             "content_sha256": cohort.content_sha256,
             "trusted": self.groups is not None,
             "with_reference": sum("reference" in (case.lineage or {}) for case in cohort.training),
-            "table_rows": len(joiner.rows),
+            "table_rows": len(table.rows),
             "rows_without_image": len(orphans),
             "row_numbers_without_image": list(orphans[:LISTED_ORPHANS]),
             "images_without_row": self.quarantine.by_code().get("image-without-label", 0),

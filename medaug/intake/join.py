@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from medaug.errors import ConfigError
@@ -23,92 +24,119 @@ IS_POSITION = re.compile(r"(^|[^a-z])z([^a-z]|$)|pos|loc|mm", re.IGNORECASE)
 POSITION_TOLERANCE_MM = 0.05
 
 
-class Joiner:
-    """Says for every image what folders, lists and the label table know about it."""
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the label table may know about the images of one item: all that a process that reads it needs of the table.
+
+    Attributes:
+        rows: of its file; where the join is by identifier, every row that could mean one of its images.
+        ambiguous: a row of the table could mean this file among others.
+    """
+
+    rows: Sequence[Row] = ()
+    ambiguous: bool = False
+
+
+class Table:
+    """The label table, joined with the items of a source: which rows each of them needs, and which were used."""
 
     def __init__(self, options: IntakeOptions, items: Sequence[Item]) -> None:
         self.rows = read_rows(options)
-        self._has_table = options.labels is not None
-        self._by_file: Matches | None = match_files(items, self.rows) if self._has_table and options.key == "file" else None
-        self._by_identifier = IdentifierTable(options.key, self.rows) if self._has_table and options.key != "file" else None
-        self._wants_split = options.split_column is not None
-        self._slices = options.slices if options.slice_column else ""
-        unit = slice_unit(row.place for row in self.rows) if self._slices else "index"
-        self._by_position = unit == "mm" or bool(IS_POSITION.search(options.slice_column or ""))
-        self._maps = options.mapping is not None
-        self._found: set[int] = set()  # rows whose slice was seen
+        has_table = options.labels is not None
+        self._by_file: Matches | None = match_files(items, self.rows) if has_table and options.key == "file" else None
+        self._by_identifier = IdentifierTable(options.key, self.rows) if has_table and options.key != "file" else None
+        self._used: set[int] = set(self._by_file.used) if self._by_file and not options.slice_column else set()
+        self._restored: set[str] = set()
+        unit = slice_unit(row.place for row in self.rows) if options.slice_column else "index"
+        self.by_position = unit == "mm" or bool(IS_POSITION.search(options.slice_column or ""))
         if options.conflicts == "senior" and not any(same_reader(row.reader, options.senior) for row in self.rows):
             raise ConfigError("senior-unknown", "The reader given with --senior is not in the reader column; check the spelling.")
 
     @property
     def restored_zeros(self) -> int:
         """Identifiers that matched only without leading zeros."""
-        return (self._by_file.restored_zeros if self._by_file else 0) + (
-            len(self._by_identifier.restored) if self._by_identifier else 0
-        )
+        return (self._by_file.restored_zeros if self._by_file else 0) + len(self._restored)
 
-    def is_ambiguous(self, index: int) -> bool:
-        """True if a row of the table could mean this file among others."""
-        return self._by_file is not None and index in self._by_file.ambiguous
-
-    def table_rows(self, index: int, identifiers: Mapping[str, str]) -> list[Row]:
-        """The rows of the label table for an image of item `index`."""
+    def known(self, index: int, item: Item) -> Known:
+        """What is known about item `index`."""
         if self._by_file is not None:
-            return self._by_file.rows.get(index, [])
-        return self._by_identifier.find(identifiers) if self._by_identifier else []
-
-    @property
-    def used(self) -> set[int]:
-        """Numbers of the rows that found an image, as far as images were read."""
-        if self._slices:
-            return self._found
-        return (self._by_file.used if self._by_file else set()) | (self._by_identifier.used if self._by_identifier else set())
-
-    def take_seen(self) -> tuple[set[int], set[str]]:
-        """Rows and restored identifiers found since the last call, for the joiner of another process."""
-        if self._slices:
-            used, self._found = self._found, set()
-        elif self._by_identifier:
-            used, self._by_identifier.used = self._by_identifier.used, set()
-        else:
-            used = set()  # the join by file is done before the files are read
-        restored: set[str] = set()
-        if self._by_identifier:
-            restored, self._by_identifier.restored = self._by_identifier.restored, set()
-        return used, restored
+            return Known(self._by_file.rows.get(index, ()), index in self._by_file.ambiguous)
+        if self._by_identifier is None:
+            return Known()
+        keys = dict.fromkeys(member.key for member in item.members or (item,))
+        rows = {row.number: row for key in keys for row in self._by_identifier.near(key)}
+        return Known(tuple(rows.values()))
 
     def add_seen(self, used: set[int], restored: set[str]) -> None:
-        """Take over what the joiner of another process found."""
-        if self._slices:
-            self._found |= used
-        elif self._by_identifier:
-            self._by_identifier.used |= used
-        if self._by_identifier:
-            self._by_identifier.restored |= restored
+        """Take over which rows were used and which identifiers matched without leading zeros."""
+        self._used |= used
+        self._restored |= restored
 
-    def unused(self) -> list[Row]:
-        """Rows that found no image."""
-        used = self.used
-        return [row for row in self.rows if row.number not in used]
+    def unused(self) -> list[int]:
+        """Numbers of the rows that found no image, as far as images were read."""
+        return [row.number for row in self.rows if row.number not in self._used]
 
-    def is_chosen(self, index: int, picture: Picture) -> bool:
+
+class Joiner:
+    """Says for the images of one item what folders, lists and the label table know about them.
+
+    Args:
+        by_position: see `Table`.
+
+    Attributes:
+        used: numbers of the rows that found an image; by file this is known before.
+    """
+
+    def __init__(self, options: IntakeOptions, item: Item, known: Known, by_position: bool) -> None:
+        self.used: set[int] = set()
+        self._item, self._known = item, known
+        self._has_table = options.labels is not None
+        self._table = IdentifierTable(options.key, known.rows) if self._has_table and options.key != "file" else None
+        self._wants_split = options.split_column is not None
+        self._slices = options.slices if options.slice_column else ""
+        self._by_position = by_position
+        self._maps = options.mapping is not None
+
+    @property
+    def restored(self) -> set[str]:
+        """Identifiers that matched only without leading zeros."""
+        return self._table.restored if self._table else set()
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """True if a row of the table could mean this file among others."""
+        return self._known.ambiguous
+
+    def file_rows(self) -> Sequence[Row]:
+        """The rows that are known before the file is read."""
+        return () if self._table else self._known.rows
+
+    def rows(self, identifiers: Mapping[str, str]) -> Sequence[Row]:
+        """The rows of the label table for an image."""
+        rows = self._known.rows if self._table is None else self._table.find(identifiers)
+        if self._table is not None and not self._slices:
+            self.used.update(row.number for row in rows)
+        return rows
+
+    def is_chosen(self, picture: Picture) -> bool:
         """False for a slice of a volume that the table knows but does not choose."""
         if self._slices != "table":
             return True
-        rows = self.table_rows(index, picture.identifiers)
+        rows = self.rows(picture.identifiers)
         return not rows or bool(self._of_slice(rows, picture))
 
-    def _of_slice(self, rows: list[Row], picture: Picture) -> list[Row]:
+    def _of_slice(self, rows: Sequence[Row], picture: Picture) -> Sequence[Row]:
         """The rows that mean the slice (or no slice in particular)."""
         if not self._slices:
             return rows
         kept = [row for row in rows if not row.place or _is_place(row.place, picture.acquisition, self._by_position)]
-        self._found.update(row.number for row in kept)
+        self.used.update(row.number for row in kept)
         return kept
 
-    def record(self, index: int, item: Item, picture: Picture, inner_split: str | None, inner_label: str | None) -> Record:
+    def record(self, picture: Picture, inner_split: str | None, inner_label: str | None) -> Record:
         """A record with all that is known about the picture before its pixels are looked at."""
-        rows = self._of_slice(self.table_rows(index, picture.identifiers), picture)
+        item = self._item
+        rows = self._of_slice(self.rows(picture.identifiers), picture)
         own = item.label if inner_label is None else inner_label
         labels = [row.label for row in rows] if self._has_table else [own or ""]
         patients = [row.patient for row in rows] or [item.patient]

@@ -181,32 +181,46 @@ def _nearest_path(items: Sequence[Item], hits: Sequence[int], wanted: str) -> li
 
 
 class IdentifierTable:
-    """Rows by the identifier that the images hold: SOP, series, study, patient or accession."""
+    """Rows by the identifier that the images hold: SOP, series, study, patient or accession.
+
+    Made of the whole table once, and of a few rows (`near`) wherever a file is read.
+    """
 
     def __init__(self, key: str, rows: Sequence[Row]) -> None:
         self.key = key
-        self.used: set[int] = set()
         self.restored: set[str] = set()
-        self._exact: dict[str, list[Row]] = defaultdict(list)
-        self._loose: dict[str, set[str]] = defaultdict(set)
+        self._exact: dict[str, list[Row]] = {}
+        self._loose: dict[str, tuple[str, ...]] = {}  # without leading zeros -> spellings with them
         for row in rows:
             exact = _spelling(row.key)
-            if exact:
-                self._exact[exact].append(row)
-                self._loose[normal_id(row.key)].add(exact)
+            if not exact:
+                continue
+            exact = row.key if exact == row.key else exact  # one text instead of two equal ones
+            normal = normal_id(row.key)
+            if normal != exact and exact not in self._exact:
+                self._loose[normal] = (*self._loose.get(normal, ()), exact)
+            self._exact.setdefault(exact, []).append(row)
+
+    def _spellings(self, exact: str) -> list[str]:
+        """How the table writes an identifier, with leading zeros or without."""
+        normal = normal_id(exact)
+        return [spelling for spelling in (normal, *self._loose.get(normal, ())) if spelling in self._exact]
+
+    def near(self, value: str) -> tuple[Row, ...]:
+        """All rows that `find` could mean by an identifier."""
+        exact = _spelling(value)
+        return tuple(row for spelling in self._spellings(exact) for row in self._exact[spelling]) if exact else ()
 
     def find(self, identifiers: Mapping[str, str]) -> list[Row]:
         """The rows of an image; without leading zeros where only one identifier of the table fits then."""
         exact = _spelling(identifiers.get(self.key, ""))
         if not exact:
             return []
-        spellings = self._loose.get(normal_id(exact), set())
+        spellings = self._spellings(exact)
         if exact not in self._exact and len(spellings) == 1:
             self.restored.add(exact)
-            exact = next(iter(spellings))
-        rows = self._exact.get(exact, [])
-        self.used.update(row.number for row in rows)
-        return rows
+            exact = spellings[0]
+        return self._exact.get(exact, [])
 
 
 def _spelling(value: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from medaug import storage
 from medaug.errors import DataError
 from medaug.intake import burned_in, duplicates, volumes
-from medaug.intake.join import Joiner
+from medaug.intake.join import Joiner, Known
 from medaug.intake.records import IntakeOptions, Item, Record, quarantine_name
 from medaug.intake.scan import read_pictures
 from medaug.io import dicom, raster
@@ -105,72 +105,73 @@ class Done:
     restored: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
 class Reader:
-    """Reads items; made once per process."""
+    """Reads items; each process has one.
 
-    def __init__(self, options: IntakeOptions, joiner: Joiner, folder: Path | None) -> None:
-        self.options, self.joiner, self.folder = options, joiner, folder
+    Attributes:
+        by_position: see `join.Table`.
+        folder: where images are written; None writes nothing.
+    """
 
-    def read(self, index: int, item: Item) -> Done:
+    options: IntakeOptions
+    by_position: bool
+    folder: Path | None
+
+    def read(self, index: int, item: Item, known: Known) -> Done:
         """Read all pictures of an item; a fault of its file becomes a row of the quarantine."""
         done = Done()
+        joiner = Joiner(self.options, item, known, self.by_position)
         try:
             if self.options.dimensions == 3:
-                self._take_volume(done, index, item)
-                return done
-            for number, (picture, split, label) in enumerate(read_pictures(item, self.options.strict)):
-                self._take(done, index, item, number, picture, split, label)
+                self._take_volume(done, joiner, index, item)
+            else:
+                for number, (picture, split, label) in enumerate(read_pictures(item, self.options.strict)):
+                    self._take(done, joiner, f"{index:07d}_{number:05d}", number, picture, split, label)
         except DataError as error:
-            done.quarantine.add(quarantine_name(item, self._secrets(index, item)), error.code, error.message, item.relative)
+            done.quarantine.add(quarantine_name(item, _secrets(joiner, item)), error.code, error.message, item.relative)
         except MemoryError:
             reason = "The image does not fit into the memory that is left."
-            done.quarantine.add(quarantine_name(item, self._secrets(index, item)), "image-too-large", reason, item.relative)
+            done.quarantine.add(quarantine_name(item, _secrets(joiner, item)), "image-too-large", reason, item.relative)
+        done.used, done.restored = joiner.used, joiner.restored
         return done
 
     def window_of(self, picture: Picture) -> tuple[float, float] | None:
         """The stored values that become 0 and 1, see `prepare.to_unit`."""
         return self.options.window
 
-    def _secrets(self, index: int, item: Item) -> list[str]:
-        """What table and header know of the patient of a file whose pixels cannot be read."""
-        known = [row.patient for row in self.joiner.table_rows(index, {})]
-        if item.kind == "dicom":
-            with contextlib.suppress(DataError):
-                known += dicom.read_header(item.path).secrets
-        return known
-
     def _take(
-        self, done: Done, index: int, item: Item, number: int, picture: Picture, split: str | None, label: str | None
+        self, done: Done, joiner: Joiner, name: str, number: int, picture: Picture, split: str | None, label: str | None
     ) -> None:
-        if not self.joiner.is_chosen(index, picture):
+        if not joiner.is_chosen(picture):
             done.not_chosen += 1
             return
-        record = self.joiner.record(index, item, picture, split, label)
+        record = joiner.record(picture, split, label)
         record.frame = int(picture.acquisition.get("frame", 1)) - 1
-        if item.kind == "npz":
+        if record.item.kind == "npz":
             record.position = f"#{number}"
         if not record.labels:
-            _leave_out_unlabelled(record, self.joiner.is_ambiguous(index), done.quarantine)
+            _leave_out_unlabelled(record, joiner.is_ambiguous, done.quarantine)
             return
         checked = self._without_text(done, record, picture)
         if checked is not None and _prepare(record, checked, self.options.image_size, self.window_of(checked), done.quarantine):
             if self.folder is not None and record.unit_image is not None:
-                record.staged = f".{index:07d}_{number:05d}.png"
+                record.staged = f".{name}.png"
                 storage.write_staged(self.folder / "images" / record.staged, raster.encode_unit_png(record.unit_image))
             record.unit_image = None
             done.records.append(record)
 
-    def _take_volume(self, done: Done, index: int, item: Item) -> None:
+    def _take_volume(self, done: Done, joiner: Joiner, index: int, item: Item) -> None:
         picture, affine = volumes.read_item(item, self.options)
-        record = self.joiner.record(index, item, picture, None, None)
+        record = joiner.record(picture, None, None)
         record.position, record.suffix = "", ".nii.gz"
         if not record.labels:
-            _leave_out_unlabelled(record, self.joiner.is_ambiguous(index), done.quarantine)
+            _leave_out_unlabelled(record, joiner.is_ambiguous, done.quarantine)
             return
         done.searched += 1
         if item.kind == "dicom" and self.options.burned_in != "keep":
             for plane in picture.pixels:
-                found = burned_in.suspect(plane, item.declared)
+                found = burned_in.suspect(plane, item.declared or {})
                 if found is not None:  # a volume is not masked: text in a slice means that it is no scan
                     small = burned_in.thumbnail(plane, found.boxes) if found.boxes else None
                     name, place = record.quarantine_name, (record.source, "")
@@ -183,11 +184,9 @@ class Reader:
         except DataError as error:
             done.quarantine.leave_out(record, error.code, error.message)
             return
-        record.acquisition["original_size"] = list(unit.shape)
-        if record.burned_in:
-            record.acquisition["burned_in_text"] = record.burned_in
+        record.acquisition = {**record.acquisition, "original_size": list(unit.shape)} | _text_fact(record)
         record.is_blank = bool(unit.min() == unit.max())
-        record.pixels = duplicates.pixel_sha256(unit)
+        record.pixels = bytes.fromhex(duplicates.pixel_sha256(unit))
         record.thumbnail = duplicates.thumbnail(prepare.square(unit[len(unit) // 2], 64)[0])
         if self.folder is not None:
             record.staged = f".{index:07d}.nii.gz"
@@ -200,7 +199,7 @@ class Reader:
         if item.kind not in SEARCHED:
             return picture
         done.searched += 1
-        found = burned_in.suspect(picture.pixels, item.declared)
+        found = burned_in.suspect(picture.pixels, item.declared or {})
         if found is None:
             record.burned_in = "not found"
             return picture
@@ -221,6 +220,20 @@ class Reader:
         return Picture(pixels, picture.unit, picture.modality, picture.acquisition, picture.identifiers, picture.source)
 
 
+def _secrets(joiner: Joiner, item: Item) -> list[str]:
+    """What table and header know of the patient of a file whose pixels cannot be read."""
+    known = [row.patient for row in joiner.file_rows()]
+    if item.kind == "dicom":
+        with contextlib.suppress(DataError):
+            known += dicom.read_header(item.path).secrets
+    return known
+
+
+def _text_fact(record: Record) -> dict[str, str]:
+    """Whether text was found in the pixels, if it was searched for."""
+    return {"burned_in_text": record.burned_in} if record.burned_in else {}
+
+
 def _leave_out_unlabelled(record: Record, ambiguous: bool, quarantine: Quarantine) -> None:
     reason = "Neither a folder, a list nor the label table gives this image a label."
     if ambiguous:
@@ -236,13 +249,11 @@ def _prepare(record: Record, picture: Picture, size: int, window: tuple[float, f
     except DataError as error:
         quarantine.leave_out(record, error.code, error.message)
         return False
-    record.acquisition["original_size"] = geometry["original_size"]
-    record.acquisition["padding"] = geometry["padding"]
-    if record.burned_in:
-        record.acquisition["burned_in_text"] = record.burned_in
+    square = {key: geometry[key] for key in ("original_size", "padding")}
+    record.acquisition = {**record.acquisition, **square} | _text_fact(record)
     record.is_colour = unit.ndim == 3
     record.is_blank = bool(unit.min() == unit.max())
-    record.pixels = duplicates.pixel_sha256(unit)
+    record.pixels = bytes.fromhex(duplicates.pixel_sha256(unit))
     record.thumbnail = duplicates.thumbnail(unit)
     record.unit_image = unit
     return True

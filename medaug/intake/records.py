@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,12 +179,16 @@ class IntakeOptions:
         return keep
 
 
-@dataclass
+@dataclass(slots=True)
 class Item:
-    """One image file (or archive) before it is read; `relative` is for joins only and never written."""
+    """One image file (or archive) before it is read; `relative` is for joins only and never written.
+
+    There is one for every file of the source for as long as intake runs: it holds texts, where a `Path` takes four
+    times their memory.
+    """
 
     relative: str
-    path: Path
+    location: str | os.PathLike[str]  # the path; text once the item is made
     kind: str  # "raster", "dicom", "nifti", "npz"
     label: str | None = None
     split: str | None = None
@@ -192,22 +197,32 @@ class Item:
     series: str = ""  # key shared by the items of one series
     slice_index: int | None = None  # 0-based place in the sorted series
     slices: tuple[int, ...] | None = None  # chosen 0-based slices or frames of this file; None takes all
-    declared: dict[str, Any] = field(default_factory=dict)  # what a DICOM header says about text in its pixels
-    members: tuple[tuple[str, Path], ...] = ()  # of a volume: relative path and path of all its files
+    declared: Mapping[str, Any] | None = None  # what a DICOM header says about text in its pixels
+    key: str = field(default="", repr=False)  # the identifier in a DICOM header that the label table is joined by
+    members: tuple[Item, ...] = ()  # of a volume: all its files
     keep_name: bool = False  # the user says that file names hold no identity
-    seen: tuple[str, int, int] = ("", 0, 0)  # sha256 of the file, its size and time of change (ns) when it was hashed
+    sha256: str = ""  # of the file when it was hashed
+    stamp: int = -1  # its size and time of change then
+
+    def __post_init__(self) -> None:
+        self.location = os.fspath(self.location)
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return Path(self.location)
 
     def hash(self) -> None:
-        """Hash the file; set `seen`."""
-        stamp = _stamp(self.path)  # before: a change while it is hashed must show
-        self.seen = (sha_of(self.path), *stamp)
+        """Hash the file; set `sha256` and `stamp`."""
+        self.stamp = _stamp(self.path)  # first: a change while it is hashed must show
+        self.sha256 = sha_of(self.path)
 
     def unchanged_sha256(self) -> str:
         """sha256 of the file if nothing says that it changed since it was hashed, else ""."""
-        return self.seen[0] if self.seen[0] and self.seen[1:] == _stamp(self.path) else ""
+        return self.sha256 if self.sha256 and self.stamp == _stamp(self.path) else ""
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """One image as read and prepared: everything that is kept of it in memory.
 
@@ -223,10 +238,11 @@ class Record:
     position: str = ""
     volume: str | None = None
     modality: str = ""
-    acquisition: dict[str, Any] = field(default_factory=dict)
+    acquisition: Mapping[str, Any] = field(default_factory=dict)
     intensity: dict[str, Any] = field(default_factory=dict)
-    pixels: str = ""
-    thumbnail: np.ndarray | None = None
+    pixels: bytes = b""  # sha256
+    thumbnail: np.ndarray | None = None  # until it is spooled
+    place: int = -1  # of the thumbnail in the spool
     is_colour: bool = False
     is_blank: bool = False
     case_id: str = ""
@@ -266,7 +282,7 @@ class IntakeResult:
     Attributes:
         cohort: as written; for a dry run as it would have been, without a folder.
         counts: files, images used and left out, images per split and class, groups, patients.
-        leak: see `duplicates.leak_indicator`.
+        leak: see `leak.leak_indicator`.
         quarantine: rows of file, code, reason.
         notes: what was assumed or changed, one sentence each.
         report: the content of report.json.
@@ -302,13 +318,13 @@ def quarantine_name(item: Item, secrets: Sequence[str] = ()) -> str:
     return public_name(item, secrets) or f"sha256:{sha_of(item.path)[:12]}"
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file, -1 if it is not there."""
+def _stamp(path: Path) -> int:
+    """Size and time of change of a file in one number, -1 if it is not there."""
     try:
         found = path.stat()
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return -1
+    return found.st_size << 80 | (found.st_mtime_ns & (1 << 80) - 1)
 
 
 def sha_of(path: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -320,9 +320,16 @@ def _scalar(value: Any) -> str | None:
 
 def source_sha256(found: Scan, options: IntakeOptions) -> str:
     """sha256 over every image file's place and content and the label table: tells whether a source changed."""
-    with ThreadPoolExecutor(max(1, options.workers)) as pool:  # hashing and reading let other threads run
-        for _ in pool.map(Item.hash, found.items):
+    threads = max(1, options.workers)  # hashing and reading let other threads run
+    with ThreadPoolExecutor(threads) as pool:
+        # A task for each thread, not for each file: tasks that wait take more memory than the items.
+        for _ in pool.map(_hash_all, (found.items[first::threads] for first in range(threads))):
             pass
-    rows = sorted([item.relative, item.seen[0]] for item in found.items)
+    rows = sorted((item.relative, item.sha256) for item in found.items)
     extra = [sha_of(path) for path in (options.labels, options.source if found.layout == "datalist" else None) if path]
     return storage.sha256_json([rows, extra, sorted(row["file"] for row in found.quarantine)])
+
+
+def _hash_all(items: Sequence[Item]) -> None:
+    for item in items:
+        item.hash()

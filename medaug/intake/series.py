@@ -5,13 +5,14 @@ Only headers are read here. Images without orientation and position, as X-rays a
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from medaug import storage
@@ -24,6 +25,7 @@ from medaug.io.dicom_header import DicomHeader
 
 MIN_PARALLEL = 400  # headers; below, starting processes takes longer than reading
 _CHUNK = 64
+_FACTS = [fact.name for fact in fields(DicomHeader)]
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 
 
@@ -45,13 +47,13 @@ class Arrangement:
     places: dict[str, str] = field(default_factory=dict, repr=False)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Image:
     """A DICOM file with its header, and other files of the very same instance that go its way."""
 
     item: Item
     header: DicomHeader
-    copies: list[Item] = field(default_factory=list)
+    copies: Sequence[Item] = ()
 
     def items(self) -> list[Item]:
         return [self.item, *self.copies]
@@ -104,16 +106,17 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     so. With `options.slices` "lesion" each volume keeps the slice with the largest mask: see `masks.find_mask`.
 
     Args:
-        items: as scanned; their fields `declared`, `series`, `slice_index` and `slices` are set.
+        items: as scanned; their fields `declared`, `key`, `series`, `slice_index` and `slices` are set.
         options: strict, slices, masks, dimensions, key, labels and workers are used.
 
     Returns:
         The result depends neither on the order of `items` nor on the number of processes.
     """
     work = _Arranger(options)
-    images = [image for image in _read_headers(items, options) if image is not None]
+    images = _read_headers(items, options)
     for image in images:
         image.item.declared = image.header.declared
+        image.item.key = image.header.identifiers.get(options.key, "")
     images.sort(key=_Image.order)
     images = _settle_instances(work, images)
     localizers = [image for image in work.remaining(images) if "LOCALIZER" in image.header.image_type]
@@ -154,21 +157,16 @@ def _series(work: _Arranger, images: Sequence[_Image]) -> list[tuple[tuple[str, 
     return parted
 
 
-def _read_headers(items: Sequence[Item], options: IntakeOptions) -> list[_Image | None]:
-    """Headers of the DICOM files; None for a broken one, whose fault reading it will name."""
+def _read_headers(items: Sequence[Item], options: IntakeOptions) -> list[_Image]:
+    """Headers of the DICOM files but for broken ones, whose fault reading them will name."""
     chosen = [item for item in items if item.kind == "dicom"]
-    paths = [item.path for item in chosen]
-    headers: Iterator[DicomHeader | None] | list[DicomHeader | None]
-    if options.workers > 1 and len(paths) >= MIN_PARALLEL:
-        try:
-            # Processes, since parsing is Python; spawned, since a fork copies the threads' locks of this process.
-            with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                headers = list(pool.map(_header, paths, chunksize=_CHUNK))
-        except BrokenProcessPool:  # a script without `if __name__ == "__main__"` cannot be imported again
-            headers = map(_header, paths)
-    else:
-        headers = map(_header, paths)
-    return [None if header is None else _Image(item, header) for item, header in zip(chosen, headers, strict=True)]
+    if options.workers > 1 and len(chosen) >= MIN_PARALLEL:
+        # A script without `if __name__ == "__main__"` cannot be imported again: its pool breaks.
+        # Processes, since parsing is Python; spawned, since a fork copies the threads' locks of this process.
+        context = multiprocessing.get_context("spawn")
+        with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+            return _with_headers(chosen, pool.map(_header, (item.path for item in chosen), chunksize=_CHUNK))
+    return _with_headers(chosen, map(_header, (item.path for item in chosen)))
 
 
 def _header(path: Path) -> DicomHeader | None:
@@ -176,6 +174,18 @@ def _header(path: Path) -> DicomHeader | None:
         return dicom.read_header(path)
     except DataError:
         return None
+
+
+def _with_headers(items: Sequence[Item], headers: Iterable[DicomHeader | None]) -> list[_Image]:
+    """The images of the files whose header could be read; files that follow each other share equal facts."""
+    images = []
+    last = DicomHeader()
+    for item, header in zip(items, headers, strict=True):
+        if header is not None:
+            same = {name: value for name in _FACTS if (value := getattr(last, name)) == getattr(header, name)}
+            last = replace(header, **same)
+            images.append(_Image(item, last))
+    return images
 
 
 def _settle_instances(work: _Arranger, images: Sequence[_Image]) -> list[_Image]:

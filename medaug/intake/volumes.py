@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ def gather(items: Sequence[Item]) -> list[Item]:
         items: as arranged, so that images of one volume share their `series`.
 
     Returns:
-        items in the order of their first file; `members` has the relative path and path of all files, in order.
+        items in the order of their first file; `members` are the items of all files, in order.
     """
     volumes: dict[str, list[Item]] = defaultdict(list)
     for index, item in enumerate(items):
@@ -38,10 +39,7 @@ def gather(items: Sequence[Item]) -> list[Item]:
     gathered = []
     for own in volumes.values():
         own.sort(key=lambda item: (item.slice_index or 0, item.relative))
-        first = own[0]
-        first.members = tuple((item.relative, item.path) for item in own)
-        first.slice_index = None
-        gathered.append(first)
+        gathered.append(replace(own[0], members=tuple(own), slice_index=None))
     return sorted(gathered, key=lambda item: item.relative)
 
 
@@ -55,7 +53,7 @@ def read_item(item: Item, options: IntakeOptions) -> tuple[Picture, np.ndarray |
 
     if item.kind not in ("dicom", "nifti"):
         raise DataError("not-a-volume", "A 3-D cohort is made of DICOM series and NIfTI files; use --dimensions 2 for pictures.")
-    volume: Volume = read_volume([path for _, path in item.members] or [item.path], strict=options.strict)
+    volume: Volume = read_volume([member.path for member in item.members or (item,)], strict=options.strict)
     if volume.pixels.ndim != 3 or volume.pixels.shape[0] < MIN_SLICES:
         raise DataError("not-a-volume", "The series or file has a single slice, or colour; a 3-D cohort needs grey volumes.")
     facts = dict(volume.acquisition)

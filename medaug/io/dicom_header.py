@@ -43,6 +43,7 @@ class DicomHeader:
         sop, series, study, frame_of_reference, sop_class: UIDs as in the file.
         patient, accession: as in the file.
         patient_name, birth_date: as in the file.
+        identifiers: as `identifiers_of` gives them.
         secrets: all values that lead to the patient, see `secrets_of`.
         frames: number of frames.
         rows, columns: size in pixels.
@@ -65,6 +66,7 @@ class DicomHeader:
     accession: str = ""
     patient_name: str = field(default="", repr=False)
     birth_date: str = field(default="", repr=False)
+    identifiers: dict[str, str] = field(default_factory=dict, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
     frames: int = 1
     rows: int = 0
@@ -107,6 +109,7 @@ def _header(dataset: Dataset) -> DicomHeader:
             positions = tuple(found[index] for index in order)
     rows, columns = (double(dataset, keyword) or 0 for keyword in ("Rows", "Columns"))
     number = double(dataset, "InstanceNumber")
+    identifiers = identifiers_of(dataset)
     return DicomHeader(
         sop=text(dataset, "SOPInstanceUID"),
         series=text(dataset, "SeriesInstanceUID"),
@@ -115,7 +118,8 @@ def _header(dataset: Dataset) -> DicomHeader:
         accession=identifier(dataset, "AccessionNumber"),
         patient_name=identifier(dataset, "PatientName"),
         birth_date=identifier(dataset, "PatientBirthDate"),
-        secrets=secrets_of(identifiers_of(dataset)),
+        identifiers=identifiers,
+        secrets=secrets_of(identifiers),
         frames=frames,
         rows=int(rows),
         columns=int(columns),

@@ -25,7 +25,7 @@ PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}  # by the canonical axis (x, 
 _HEADER_SIZES = {348: (nib.Nifti1Image, b"n+1\0"), 540: (nib.Nifti2Image, b"n+2\0\r\n\x1a\n")}
 _MAGIC_OFFSETS = {348: 344, 540: 4}
 _IN_MEMORY = 1 << 26  # bytes; those of larger volumes stay on the disk
-_MM_PER_UNIT = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
+_MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # by code: metre, millimetre, micrometre (nifti1.h, NIFTI_UNITS_METER ...)
 
 
 def read_nifti(path: Path, *, strict: bool = False, chosen: Sequence[int] | None = None) -> Iterator[Picture]:
@@ -105,7 +105,8 @@ def _known(image: nib.Nifti1Image) -> bool:
 
 
 def _factor(image: nib.Nifti1Image) -> float | None:
-    return _MM_PER_UNIT.get(image.header.get_xyzt_units()[0])
+    """Millimetres per unit of the affine; None where the header says none, or a code that the standard does not know."""
+    return _MM_PER_UNIT.get(int(image.header["xyzt_units"]) % 8)
 
 
 def forms_agree(image: nib.Nifti1Image) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medaug.cli.stages import _files_by_network
+from medaug.cli.options import named
 from medaug.errors import ConfigError
 from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import plan_cells
@@ -96,11 +96,10 @@ def test_refusals(tmp_path, make_cohort, make_synthetic):
         run(tmp_path, ["simple_cnn"], pretrained={"resnet18": tmp_path / "w.safetensors"})
     with pytest.raises(ConfigError, match="weights-missing"):
         run(tmp_path, ["simple_cnn"], pretrained={"simple_cnn": tmp_path / "w.safetensors"})
-    with pytest.raises(ConfigError, match="NETWORK=FILE"):
-        _files_by_network(["resnet18"])
-    assert {name: path.name for name, path in _files_by_network(["resnet18=a/b.safetensors"]).items()} == {
-        "resnet18": "b.safetensors"
-    }
+    for wrong in (["resnet18"], ["resnet18=a", "resnet18=b"], ["=a"], ["resnet18="]):
+        with pytest.raises(ConfigError, match="option-malformed"):
+            named(wrong, "--pretrained")
+    assert named(["resnet18=a=b/c.safetensors"], "--pretrained") == {"resnet18": "a=b/c.safetensors"}
     made = make_synthetic(real, tmp_path / "made", [2, 2, 2])
     recipe = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"head": "coral"})}
     with pytest.raises(ConfigError, match="head-amst"):

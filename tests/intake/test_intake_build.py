@@ -482,13 +482,13 @@ def test_a_wrong_column_shows_before_the_source_is_read(tmp_path, monkeypatch):
 POOL = """
 import os, sys, time
 from pathlib import Path
-from medaug.intake.join import Joiner
 from medaug.intake.processes import _pool
+from medaug.intake.read import Reader
 from medaug.intake.records import IntakeOptions
 
 if __name__ == "__main__":
     options = IntakeOptions(source=Path("."), out=Path("out"))
-    pool = _pool(2, options, Joiner(options, []), None)
+    pool = _pool(2, Reader(options, False, None))
     print(pool.submit(os.getpid).result(), flush=True)
     time.sleep(60)
 """

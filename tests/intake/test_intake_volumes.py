@@ -83,8 +83,8 @@ def test_gathering_joins_a_series_and_leaves_files_of_volumes_alone() -> None:
     items = [Item(f"{index}", Path(f"{index}"), "dicom", series="s", slice_index=3 - index) for index in range(3)]
     items += [Item("8", Path("8"), "nifti"), Item("9", Path("9"), "dicom", series="t")]
     gathered = volumes.gather(items)
-    assert [[name for name, _ in item.members] for item in gathered] == [["8"], ["9"], ["2", "1", "0"]] or [
-        [name for name, _ in item.members] for item in gathered
+    assert [[member.relative for member in item.members] for item in gathered] == [["8"], ["9"], ["2", "1", "0"]] or [
+        [member.relative for member in item.members] for item in gathered
     ] == [["2", "1", "0"], ["8"], ["9"]]
 
 

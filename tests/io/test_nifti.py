@@ -6,7 +6,7 @@ import itertools
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medaug import storage
@@ -170,6 +170,7 @@ def test_gzip_bomb(tmp_path, monkeypatch):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 347), st.integers(0, 255), st.booleans(), st.booleans())
+@example(123, 4, False, False)  # a unit code that the standard does not know
 def test_damaged_bytes_give_only_data_errors(tmp_path_factory, position, value, cut, zipped):
     path = write(tmp_path_factory.mktemp("fuzz") / ("a.nii.gz" if zipped else "a.nii"))
     data = bytearray(path.read_bytes())
