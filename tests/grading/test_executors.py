@@ -97,7 +97,13 @@ def test_workers_do_not_outlive_their_driver(tmp_path, blow):
     started.mkdir()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     words = [sys.executable, str(script), str(started)]
-    driver = subprocess.Popen(words, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    driver = subprocess.Popen(
+        words,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     _until(lambda: len(list(started.iterdir())) == 2 or driver.poll() is not None)
     assert driver.poll() is None, driver.stderr.read()
     if blow == signal.SIGINT:
