@@ -201,7 +201,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         why = getattr(error, "strerror", None) or "no name of a file"
         raise ConfigError(
-            "prompt-file-missing", f"The prompt file {path.name!r} cannot be read ({why}); check the option `file` of the prompts."
+            "prompt-file-missing",
+            f"The prompt file {path.name!r} cannot be read ({why}); check the option `file` of the prompts.",
         ) from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(
@@ -260,7 +261,8 @@ def _checked_lines(lines: Sequence[tuple[int, str]], name: str) -> list[str]:
         )
     if broken := [number for number, text in texts if _has_strange_signs(text)]:
         raise ConfigError(
-            "prompt-file-malformed", f"{name}, {_at(broken)}: the prompt holds a control character or half a character; take it out."
+            "prompt-file-malformed",
+            f"{name}, {_at(broken)}: the prompt holds a control character or half a character; take it out.",
         )
     if strange := [number for number, text in texts if set(_PLACEHOLDER.findall(text)) - {"{label}", "{style}"}]:
         raise ConfigError(
