@@ -133,7 +133,8 @@ def validate(cohort: Cohort) -> Cohort:
     """Check everything a cohort promises by itself; returns it unchanged.
 
     Raises:
-        DataError: duplicate ids, labels outside the classes, paths that leave the folder, empty groups.
+        DataError: duplicate ids or ids that no file can be named after, labels outside the classes, paths that leave the
+            folder, empty groups.
         LeakageError: a group in two splits, a synthetic case outside training, or a synthetic case whose generator,
             guide or filter was fitted on a group of this cohort's validation or test split.
     """
@@ -162,6 +163,8 @@ def validate(cohort: Cohort) -> Cohort:
 def _validate_case(case: Case, cohort: Cohort, seen: set[str]) -> None:
     if not case.id or case.id in seen:
         raise DataError("case-id-duplicate", f"Every case needs an id of its own, got {case.id!r} twice or empty.")
+    if not case.id.isprintable() or "/" in case.id or "\\" in case.id:  # files are named after it
+        raise DataError("case-id-invalid", f"A case's id must hold no slash and no control character, got {ascii(case.id[:40])}.")
     seen.add(case.id)
     if isinstance(case.label, bool) or not isinstance(case.label, int) or not 0 <= case.label < len(cohort.classes):
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ TEMPLATES = {
 MAX_FILE_BYTES = 16 * 2**20
 MAX_PROMPT = 1000  # characters; text encoders read far fewer
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+_PARTS = re.compile(r"\w+|[^\w\s]")
 _LISTED = 5  # line numbers in a message
 
 
@@ -71,15 +73,20 @@ def make_prompts(
     Raises:
         ConfigError: an unknown template (code `template-unknown`); "{style}" without styles or the reverse (`template-style`); a class that is not
             there (`prompt-label-unknown`) or has no text (`label-without-text`); an empty text (`prompt-empty`); a file that is missing, too large
-            or has bad lines (`prompt-file-missing`, `prompt-file-malformed`); a prompt of two classes (`prompt-ambiguous`).
+            or has bad lines (`prompt-file-missing`, `prompt-file-malformed`); a prompt that no encoder can read (`prompt-unreadable`); one of
+            two classes (`prompt-ambiguous`).
     """
     names = _label_texts(classes, labels)
     if file is None:
+        if not isinstance(templates, Sequence):
+            raise ConfigError("template-unknown", f"templates must be a text or a list of texts, got {templates!r}.")
         patterns = [_template(template) for template in ([templates] if isinstance(templates, str) else templates)]
         if not patterns:
             raise ConfigError("template-unknown", f"At least one template is needed; known are {', '.join(TEMPLATES)}.")
         per_class = [patterns] * len(classes)
     else:
+        if not isinstance(file, str | Path):
+            raise ConfigError("prompt-file-missing", f"The option `file` of the prompts must be a path, got {file!r}.")
         per_class = _read(Path(file), classes)
     _check_styles([pattern for patterns in per_class for pattern in patterns], styles)
     filled = [
@@ -87,14 +94,35 @@ def make_prompts(
         for name, patterns in zip(names, per_class, strict=True)
     ]
     prompts = Prompts(tuple(tuple(dict.fromkeys(texts)) for texts in filled))
+    for text in prompts.all():
+        check_readable(text)
     _refuse_shared(prompts, classes)
     return prompts
+
+
+def check_readable(text: str) -> None:
+    """Refuse a text that cannot be written as UTF-8 or holds control characters.
+
+    Raises:
+        ConfigError: code `prompt-unreadable`.
+    """
+    if _has_strange_signs(text):
+        raise ConfigError(
+            "prompt-unreadable", f"The prompt {ascii(text[:40])} holds a control character or half a character; take it out."
+        )
+
+
+def _has_strange_signs(text: str) -> bool:
+    return any(unicodedata.category(sign) in ("Cc", "Cs") for sign in text)
 
 
 def _label_texts(classes: Sequence[str], labels: Mapping[str, str] | None) -> list[str]:
     if labels is None:
         texts = {name: name.replace("_", " ") for name in classes}
+    elif not isinstance(labels, Mapping):
+        raise ConfigError("prompt-label-unknown", f"labels must be a table of class name: text, got {type(labels).__name__}.")
     else:
+        labels = {str(name): text for name, text in labels.items()}  # YAML reads the class 0 as a number
         unknown = sorted(set(labels) - set(classes))
         if unknown:
             raise ConfigError(
@@ -111,7 +139,7 @@ def _label_texts(classes: Sequence[str], labels: Mapping[str, str] | None) -> li
 
 
 def _template(template: str) -> str:
-    pattern = TEMPLATES.get(template, template)
+    pattern = TEMPLATES.get(template, template) if isinstance(template, str) else ""
     if "{label}" not in pattern:
         raise ConfigError(
             "template-unknown", f"A template is one of {', '.join(TEMPLATES)} or a text that holds {{label}}, got {template!r}."
@@ -123,7 +151,9 @@ def _template(template: str) -> str:
 
 
 def _check_styles(patterns: Sequence[str], styles: Sequence[str]) -> None:
-    if isinstance(styles, str) or not all(isinstance(style, str) and style.strip() for style in styles):
+    if isinstance(styles, str) or not isinstance(styles, Sequence):
+        raise ConfigError("prompt-empty", f"styles must be a list of texts, got {styles!r}.")
+    if not all(isinstance(style, str) and style.strip() for style in styles):
         raise ConfigError("prompt-empty", "styles must be a list of texts, none of them empty.")
     if any("{style}" in pattern for pattern in patterns) != bool(styles):
         raise ConfigError(
@@ -168,10 +198,11 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
+        why = getattr(error, "strerror", None) or "no name of a file"
         raise ConfigError(
             "prompt-file-missing",
-            f"The prompt file {path.name} cannot be read ({error.strerror}); check the option `file` of the prompts.",
+            f"The prompt file {path.name!r} cannot be read ({why}); check the option `file` of the prompts.",
         ) from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(
@@ -205,11 +236,18 @@ def _read_jsonl(path: Path, classes: Sequence[str]) -> list[tuple[str, str]]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_pairs)
     except (ValueError, RecursionError):
         return None
     fits = isinstance(row, dict) and set(row) == {"label", "prompt"} and all(isinstance(value, str) for value in row.values())
     return row if fits else None
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice: one of its values would be lost")
+    return found
 
 
 def _checked_lines(lines: Sequence[tuple[int, str]], name: str) -> list[str]:
@@ -220,6 +258,11 @@ def _checked_lines(lines: Sequence[tuple[int, str]], name: str) -> list[str]:
     if long := [number for number, text in texts if len(text) > MAX_PROMPT]:
         raise ConfigError(
             "prompt-file-malformed", f"{name}, {_at(long)}: the prompt is longer than {MAX_PROMPT} characters; shorten it."
+        )
+    if broken := [number for number, text in texts if _has_strange_signs(text)]:
+        raise ConfigError(
+            "prompt-file-malformed",
+            f"{name}, {_at(broken)}: the prompt holds a control character or half a character; take it out.",
         )
     if strange := [number for number, text in texts if set(_PLACEHOLDER.findall(text)) - {"{label}", "{style}"}]:
         raise ConfigError(
@@ -238,8 +281,13 @@ def _refuse_shared(prompts: Prompts, classes: Sequence[str]) -> None:
     owner: dict[str, int] = {}
     for label, texts in enumerate(prompts.texts):
         for text in texts:
-            if (other := owner.setdefault(text.lower(), label)) != label:
+            if (other := owner.setdefault(_as_read(text), label)) != label:
                 raise ConfigError(
                     "prompt-ambiguous",
                     f"Classes {classes[other]!r} and {classes[label]!r} share a prompt, which could not tell them apart; reword it.",
                 )
+
+
+def _as_read(text: str) -> str:
+    """What text encoders make of a text before they look its parts up: case, widths and blanks around signs are gone."""
+    return " ".join(_PARTS.findall(unicodedata.normalize("NFKC", text).lower()))

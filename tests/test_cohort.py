@@ -198,6 +198,10 @@ def test_validate_accepts_exactly_the_splits_without_a_common_group(rows: list[t
     ("changes", "code"),
     [
         ({"id": ""}, "case-id-duplicate"),
+        ({"id": "../x"}, "case-id-invalid"),
+        ({"id": "/x"}, "case-id-invalid"),
+        ({"id": "a\\x"}, "case-id-invalid"),
+        ({"id": "a\0"}, "case-id-invalid"),
         ({"label": 3}, "label-out-of-range"),
         ({"label": -1}, "label-out-of-range"),
         ({"label": True}, "label-out-of-range"),

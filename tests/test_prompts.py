@@ -136,3 +136,63 @@ def test_bad_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("medaug.prompts.MAX_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="prompt-file-malformed.*larger"):
         make_prompts(CLASSES, file=jsonl(tmp_path / "p.jsonl", {"label": "normal", "prompt": "x"}))
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("covid-19", "covid - 19"),  # an encoder splits words from other signs, whatever blanks there are
+        ("grade²", "grade2"),
+        ("ＡＢ", "ab"),
+    ],
+)
+def test_prompts_that_an_encoder_reads_alike_are_refused(classes: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_prompts(classes)
+    assert caught.value.code == "prompt-ambiguous"
+
+
+@pytest.mark.parametrize("sign", ["\ud800", "\0", "\x1b"])
+def test_halves_of_characters_and_control_characters_are_refused(tmp_path: Path, sign: str) -> None:
+    path = jsonl(
+        tmp_path / "p.jsonl", {"label": "large_cell", "prompt": "a mass"}, {"label": "normal", "prompt": f"clear {sign} lungs"}
+    )
+    with pytest.raises(ConfigError, match=r"p\.jsonl, line 2") as caught:
+        make_prompts(CLASSES, file=path)
+    assert caught.value.code == "prompt-file-malformed"
+    for options in (
+        {"labels": {"large_cell": "a mass", "normal": sign}},
+        {"templates": "{label}" + sign},
+        {"templates": "style", "styles": ["film", sign]},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_prompts(CLASSES, **options)
+        assert caught.value.code == "prompt-unreadable"
+        caught.value.message.encode()  # can be printed
+
+
+def test_a_line_that_gives_a_key_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"label": "large_cell", "label": "normal", "prompt": "clear lungs"}'
+    with pytest.raises(ConfigError, match="line 2"):
+        make_prompts(CLASSES, file=jsonl(tmp_path / "p.jsonl", {"label": "large_cell", "prompt": "a mass"}, twice))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"labels": {0: "none", "other": "nodule"}},
+        {"labels": list(CLASSES)},
+        {"templates": 5},
+        {"templates": [5]},
+        {"templates": "style", "styles": 3},
+        {"file": 5},
+        {"file": "nope\0.jsonl"},
+    ],
+)
+def test_settings_of_another_kind_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigError):
+        make_prompts(CLASSES, **options)
+
+
+def test_classes_that_are_numbers_may_be_written_as_numbers() -> None:
+    assert make_prompts(("0", "1"), labels={0: "no nodule", 1: "a nodule"}).texts == (("no nodule",), ("a nodule",))

@@ -24,6 +24,7 @@ from medaug.generation.plan import PlannedCase
 from medaug.networks.stable_diffusion import PromptSource, StableDiffusionParts, TextContexts, text_packages
 from medaug.networks.tuned_unet import TunedUNet
 from medaug.networks.weights import load_weights
+from medaug.prompts import check_readable
 from medaug.training.run_folder import WEIGHTS_FILE, RunRecord, new_record, read_run
 from medaug.training.stable_diffusion import SETTINGS, UNKNOWN_ORIGIN, check_size, load_trusted_parts
 from medaug.transforms.rgb import from_rgb, to_rgb
@@ -149,6 +150,7 @@ class StableDiffusionSampler:
         _check_values(self.guidance_scale, self.num_inference_steps, self.strength)
         if not isinstance(self.negative_prompt, str):
             raise ConfigError("negative-prompt", f"negative_prompt must be a text, got {self.negative_prompt!r}.")
+        check_readable(self.negative_prompt)
         contexts = TextContexts(self.model.parts)
         contexts.check_lengths((*self.prompts.all(), self.negative_prompt))
         object.__setattr__(self, "contexts", contexts)  # the way into a frozen dataclass

@@ -16,7 +16,7 @@ from medaug.generation.plan import PlannedCase
 from medaug.generation.sampler import GuidedSampler, check_settings
 from medaug.networks.conditioning import ClassToken
 from medaug.networks.guided_unet import GuidedUNet
-from medaug.prompts import Prompts, make_prompts
+from medaug.prompts import Prompts, check_readable, make_prompts
 from medaug.training.diffusion import NoiseObjective
 from medaug.training.run_folder import RunRecord
 
@@ -41,8 +41,12 @@ class PromptedSampler(GuidedSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scale(self.guidance_scale, "guidance_scale")
-        if self.negative_prompt is not None and not self.negative_prompt.strip():
-            raise ConfigError("prompt-empty", "The negative prompt is empty; leave it out to lead away from the null context.")
+        if self.negative_prompt is not None:
+            if not isinstance(self.negative_prompt, str) or not self.negative_prompt.strip():
+                raise ConfigError(
+                    "prompt-empty", "The negative prompt is empty or no text; leave it out to lead away from the null context."
+                )
+            check_readable(self.negative_prompt)
         if self.negative_prompt is not None and self.guidance_scale == 1:
             raise ConfigError(
                 "negative-prompt-unread",
@@ -149,8 +153,10 @@ def prompts_from(classes: Sequence[str], settings: Mapping[str, Any]) -> Prompts
     Raises:
         ConfigError: what `make_prompts` refuses, or an unknown setting.
     """
+    if not isinstance(settings, Mapping):
+        raise ConfigError("setting-unknown", f"The prompt settings must be names and values, got {type(settings).__name__}.")
     given = {name: value for name, value in settings.items() if value is not None}
     known = ("templates", "labels", "styles", "file")
-    if unknown := sorted(set(given) - set(known)):
+    if unknown := sorted(map(str, set(given) - set(known))):
         raise ConfigError("setting-unknown", f"Unknown prompt setting(s) {unknown}; known are {list(known)}.")
     return make_prompts(classes, **given)

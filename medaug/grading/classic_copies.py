@@ -16,7 +16,7 @@ import numpy as np
 from medaug import storage
 from medaug.cohort import FILE_NAME, Case, Cohort, created_by, fit_sha256, read_cohort, write_cohort
 from medaug.draws import key_seed
-from medaug.errors import ConfigError
+from medaug.errors import ConfigError, MedaugError
 from medaug.grading.mixing import real_cases
 from medaug.io.raster import encode_unit_png, read_unit_png
 
@@ -54,10 +54,11 @@ def make_copies(real: Cohort, kind: str, folder: Path) -> Cohort:
         raise ConfigError("copies-unknown", f"Classic copies are one of {', '.join(COPIES)}, got {kind!r}.")
     made = created_by(f"classic copies: {kind}", {"kind": kind, "cohort": real.content_sha256}, 0)
     with storage.locked(folder):
-        if (folder / FILE_NAME).is_file():
-            found = read_cohort(folder, verify=True)
-            if found.created_by == made:
-                return found
+        found = _finished(folder)
+        if found is not None and found.created_by == made:
+            return found
+        # Until the last copy is there the folder holds no cohort: images of two of them would be neither.
+        (folder / FILE_NAME).unlink(missing_ok=True)
         groups = tuple(sorted(real.groups("training")))
         fit = fit_sha256(groups)
         cases = []
@@ -70,3 +71,11 @@ def make_copies(real: Cohort, kind: str, folder: Path) -> Cohort:
             cases.append(Case(name, image, case.label, case.group, case.source, name=name, lineage=lineage))
         copies = replace(real, name=f"{real.name} {kind}", created_by=made, fit_on={fit: groups}, validation=(), test=())
         return write_cohort(copies.with_cases(training=cases), folder)
+
+
+def _finished(folder: Path) -> Cohort | None:
+    """The cohort in the folder; None where there is none, or no whole one."""
+    try:
+        return read_cohort(folder, verify=True)
+    except MedaugError:
+        return None

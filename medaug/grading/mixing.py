@@ -219,7 +219,14 @@ def source_counts(source: Source, real: Cohort, kept: Sequence[Case], what: str 
     if source.per_real is None and source.allocation not in _ABSOLUTE:
         return available
     split, present = (class_counts(cases, len(real.classes)) for cases in (real_cases(real), kept))
-    total = round((source.per_real or 0) * (sum(present) or sum(split)))
+    asked = (source.per_real or 0) * (sum(present) or sum(split))
+    if asked > sum(available) + 1:  # images are shared out one by one, which must not go on for ever
+        raise DataError(
+            "synthetic-too-few",
+            f"{what} asks for {asked:.6g} accepted images of {source.name}, which has {sum(available)}; generate more or lower "
+            "synthetic_per_real.",
+        )
+    total = round(asked)
     wanted = _WANTED[source.allocation](_Numbers(available, split, present, total, source.counts or ()))
     short = [f"{name}: {has} of {need}" for name, has, need in zip(real.classes, available, wanted, strict=True) if has < need]
     if short:

@@ -84,8 +84,12 @@ def check_presets(names: Sequence[str], sources: Sequence[str]) -> None:
     """Refuse unknown cells and cells whose synthetic images are none of `sources`, before anything is made.
 
     Raises:
-        ConfigError: `preset-unknown`, `source-missing`.
+        ConfigError: `preset-unknown`, `source-missing`; `source-name` for a source that has a reserved name.
     """
+    if names and (taken := sorted({REAL, *COPIES} & set(sources))):
+        raise ConfigError(
+            "source-name", f"A source of cells needs a name other than {', '.join((REAL, *COPIES))}; got {taken[0]}."
+        )
     for name in names:
         missing = [source for source, _ in preset_of(name).added if source not in (*sources, *COPIES)]
         if missing:

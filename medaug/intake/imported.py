@@ -40,7 +40,7 @@ from medaug.intake.scan import Scan, scan, source_sha256
 from medaug.intake.series import arrange
 from medaug.intake.spool import plain
 from medaug.io.picture import Picture
-from medaug.io.pixels import held_out_pixels, shared_pixels
+from medaug.io.pixels import held_out_images, held_out_pixels, shared_pixels
 
 FULL_RANGE = {"uint16": (0.0, 65535.0)}  # of picture files: 0 and 1 are black and white, whatever an image holds
 LISTED_ORPHANS = 1000
@@ -178,6 +178,11 @@ def _fit_groups(options: ImportOptions, like: Cohort) -> list[str] | None:
     if not groups:
         raise DataError("split-empty", "The cohort of --fit-on has no training case, so no generator was trained on it.")
     check_against(replace(like, training=(), validation=(), test=(), fit_on={fit_sha256(groups): groups}), like)
+    if seen := held_out_images(cohort, like):  # names of groups may agree by chance
+        raise LeakageError(
+            "fit-on-held-out",
+            f"The training split of --fit-on holds {len(seen)} validation or test image(s) of --like ({', '.join(seen[:5])}).",
+        )
     return groups
 
 

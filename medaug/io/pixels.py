@@ -14,7 +14,7 @@ from medaug.io.raster import read_unit_png
 
 _LEVELS = 65535  # cohort images have 8 or 16 bits; both fall on these levels exactly
 
-__all__ = ["held_out_pixels", "pixel_sha256", "shared_pixels"]
+__all__ = ["held_out_images", "held_out_pixels", "pixel_sha256", "shared_pixels"]
 
 
 def pixel_sha256(cohort: Cohort, case: Case) -> str:
@@ -39,3 +39,10 @@ def held_out_pixels(cohort: Cohort) -> set[str]:
 def shared_pixels(cohort: Cohort, cases: Sequence[Case], known: set[str]) -> list[str]:
     """Sorted ids of the cases whose pixels are among the known ones."""
     return sorted(case.id for case in cases if pixel_sha256(cohort, case) in known)
+
+
+def held_out_images(cohort: Cohort, real: Cohort) -> list[str]:
+    """Sorted ids of the training cases of `cohort` that are validation or test images of `real`, by source file or by pixels."""
+    sources = {case.source for case in real.validation + real.test} - {""}
+    by_source = {case.id for case in cohort.training if case.source in sources}
+    return sorted(by_source.union(shared_pixels(cohort, cohort.training, held_out_pixels(real))))

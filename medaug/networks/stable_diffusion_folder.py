@@ -191,6 +191,11 @@ def _check_config(part: str, name: str, config: Mapping[str, Any], index: Mappin
 def _weights(folder: Path, stem: str, option: str) -> list[Path]:
     """The safetensors of a part: one file, or the shards that its index names."""
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.is_file() and index.is_file():
+        raise ConfigError(
+            "model-malformed",
+            f"{folder.name} of {option} holds {whole.name} and an index of shards, which may be other weights; remove one of them.",
+        )
     if whole.is_file():
         return [whole]
     if index.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medaug.errors import ConfigError, MissingDependencyError
+from medaug import storage
+from medaug.errors import ConfigError, DataError, MissingDependencyError
 from medaug.networks.weights import read_metadata
 from medaug.storage import sha256_file, sha256_json
 
@@ -124,10 +126,33 @@ def check_folder(folder: Path) -> None:
                 f"{OPTION} holds {pickles[0]}, a pickled file which could run code, and no {WEIGHTS}; convert it to safetensors first.",
             )
         raise _missing(encoder, WEIGHTS)
+    if not (encoder / WEIGHTS).is_file():
+        _check_shards(encoder)
     for path in weights:
         read_metadata(path)  # refuses pickles, Git LFS pointers and truncated files by what they hold
     if not any(all((tokenizer / name).is_file() for name in names) for names in VOCABULARIES):
         raise _missing(tokenizer, "tokenizer.json (or vocab.json and merges.txt)")
+
+
+def _check_shards(encoder: Path) -> None:
+    """The index may name safetensors of its own folder only: those that are checked and digested."""
+    try:
+        shards = list(storage.read_json(encoder / SHARDS)["weight_map"].values())
+        plain = bool(shards) and all(Path(name).name == name for name in shards)
+    except (DataError, AttributeError, KeyError, TypeError, ValueError):
+        shards, plain = [], False
+    if pickles := sorted(name for name in shards if plain and name.endswith(".bin")):
+        raise ConfigError(
+            "weights-pickle",
+            f"{OPTION} holds {pickles[0]}, a pickled file which could run code, among its shards; convert it to safetensors first.",
+        )
+    if not plain or not all(fnmatchcase(name, "model*.safetensors") for name in shards):
+        raise ConfigError(
+            "text-encoder-unreadable",
+            f"{SHARDS} in {OPTION} does not list files model*.safetensors of its own folder; copy it again.",
+        )
+    if absent := sorted(name for name in shards if not (encoder / name).is_file()):
+        raise _missing(encoder, absent[0])
 
 
 def folder_digest(folder: Path) -> str:

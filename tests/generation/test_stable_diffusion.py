@@ -30,6 +30,7 @@ from medaug.grading.grade import _notes
 from medaug.io.raster import read_unit_png
 from medaug.networks.stable_diffusion import TextContexts
 from medaug.transforms.rgb import from_rgb, to_rgb
+from medaug.workflow import load_config
 
 SETTINGS: dict[str, Any] = {"size": SIZE, "num_inference_steps": 4}
 
@@ -274,3 +275,14 @@ def test_values_out_of_range_are_refused(model: TextToImageModel, cohort: Cohort
     with pytest.raises(ConfigError) as caught:
         make(model, cohort, **settings)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("stage", "overlay"), [("generating", "stable_diffusion"), ("training", "finetune")])
+def test_prompt_settings_may_be_given_in_part(cohort: Cohort, stage: str, overlay: str) -> None:
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser(load_config("text_to_image", stage, None, overlay))
+    parser["cohort"] = cohort
+    parser["prompt_settings"] = {"templates": "syn2"}
+    prompts = parser.get_parsed_content("prompts")
+    assert prompts.texts[0] == (f"a photo of a {cohort.classes[0].replace('_', ' ')}",)

@@ -248,6 +248,9 @@ def test_refusals_of_cells_and_sources(tmp_path, make_cohort, make_synthetic):
         check_presets(["orig75"], ["syn1"])
     with pytest.raises(ConfigError, match="syn2"):
         check_presets(["orig+syn1", "orig+syn2"], ["syn1"])
+    for reserved in ("real", "rot"):  # before anything is trained, not when the arms are graded
+        with pytest.raises(ConfigError, match="source-name"):
+            check_presets(["orig100"], ["syn1", reserved])
     with pytest.raises(ConfigError, match="--source syn1=FOLDER"):
         arms.parse_arm("orig+syn1")
     for texts in (["syn1"], ["rot=x"], ["real=x"], [f"a={tmp_path / 'syn1'}"] * 2):
@@ -282,3 +285,34 @@ def test_a_held_out_picture_under_another_name_is_found_in_any_source(tmp_path, 
     arm = arms.parse_arm("x=syn1 + syn2", named=named | {"syn2": again})
     with pytest.raises(LeakageError, match="pixels-held-out"):
         arms.prepare_arms([arm], real)
+
+
+@pytest.mark.parametrize("ratio", ["1e9", "1e308"])
+@pytest.mark.parametrize("allocation", ["as_generated", "proportional", "balance"])
+def test_a_ratio_far_beyond_what_exists_is_refused_at_once(tmp_path, make_cohort, make_synthetic, ratio, allocation):
+    real, named = world(tmp_path, make_cohort, make_synthetic, 2)
+    arm = arms.parse_arm(f"x=syn1?per_real={ratio}&allocation={allocation}", named=named)
+    with pytest.raises(DataError, match=r"synthetic-too-few.*18"):
+        arms.prepare_arms([arm], real)
+
+
+def test_copies_begun_for_another_cohort_and_killed_are_made_anew(tmp_path, make_cohort, monkeypatch):
+    one = make_cohort(tmp_path / "one")
+    other = make_cohort(tmp_path / "other", num_classes=2, per_class=9)
+    make_copies(one, "rot", tmp_path / "rot")
+    written = []
+
+    def killed(path, data):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("medaug.storage.write_bytes", killed)
+        make_copies(other, "rot", tmp_path / "rot")
+    for path in written:
+        path.write_bytes(b"half")  # what it wrote is not what the first cohort's header was written for
+    found = make_copies(one, "rot", tmp_path / "rot")
+    assert found.content_sha256 == make_copies(one, "rot", tmp_path / "again").content_sha256

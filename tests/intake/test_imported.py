@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +262,21 @@ def test_the_command_answers_machines_and_refuses_an_undeclared_origin(
 )
 def test_labels_are_read_as_intake_reads_them(text: str, classes: tuple[str, ...], wanted: int | None) -> None:
     assert label_of(text, classes) == wanted
+
+
+@pytest.mark.parametrize("by", ["pixels", "source"])
+def test_a_generator_that_saw_a_held_out_image_under_a_training_group_is_refused(
+    real: Cohort, made: ImportOptions, tmp_path: Path, make_cohort: Callable[..., Cohort], by: str
+) -> None:
+    """The other cohort numbers its groups as this one does, and they are other patients."""
+    make_cohort(tmp_path / "other")
+    other = read_cohort(tmp_path / "other")
+    first, held_out = other.training[0], real.test[0]
+    if by == "pixels":
+        other.path(first).write_bytes(real.path(held_out).read_bytes())
+        kept = replace(first, source="f" * 64)
+    else:
+        kept = replace(first, source=held_out.source)
+    cohorts.write_cohort(other.with_cases(training=(kept, *other.training[1:]), validation=(), test=()), tmp_path / "other")
+    with pytest.raises(LeakageError, match=f"fit-on-held-out.*{first.id}"):
+        run_import(changed(made, fit_on=tmp_path / "other"))

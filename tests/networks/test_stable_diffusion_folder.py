@@ -193,3 +193,18 @@ def test_without_the_extra_it_is_named(model: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r"pip install medaug\[text\]"):
         load_parts(check_folder(model))
+
+
+@pytest.mark.parametrize(
+    "shard", ["diffusion_pytorch_model-00001-of-00001.safetensors", "diffusion_pytorch_model-00001-of-00001.bin"]
+)
+def test_shards_beside_a_whole_file_are_refused(model: Path, shard: str) -> None:
+    """diffusers would load the shards, and neither the checks nor the digest would have seen them."""
+    tensors = {name: torch.zeros_like(value) for name, value in load_file(model / UNET).items()}
+    if shard.endswith(".bin"):
+        torch.save(tensors, model / "unet" / shard)
+    else:
+        save_file(tensors, model / "unet" / shard, metadata={"format": "pt"})
+    index = model / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}))
+    refused(model, "model-malformed", "remove one")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from medaug.errors import ConfigError
 from medaug.networks.build import build_guided_unet
@@ -125,3 +126,31 @@ def test_a_pickle_is_refused_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="weights-pickle.*model.safetensors"):
         check_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shards", "code"),
+    [
+        ({"a": "pytorch_model-00001.bin"}, "weights-pickle"),
+        ({"a": "../model-00001.safetensors"}, "text-encoder-unreadable"),
+        ({"a": "model-00002.safetensors"}, "text-encoder-file"),
+        ({"a": "other.safetensors"}, "text-encoder-unreadable"),
+        ({}, "text-encoder-unreadable"),
+        ([1], "text-encoder-unreadable"),
+    ],
+)
+def test_shards_are_whole_safetensors_of_the_folder(tmp_path: Path, shards: object, code: str) -> None:
+    encoder = tmp_path / "text_encoder"
+    encoder.mkdir()
+    for path in (encoder / "config.json", tmp_path / "tokenizer.json"):
+        path.write_text("{}")
+    index = encoder / "model.safetensors.index.json"
+    for name in ("model-00001.safetensors", "other.safetensors", "../model-00001.safetensors"):
+        save_file({"a": torch.zeros(1)}, encoder / name)
+    torch.save({"a": torch.zeros(1)}, encoder / "pytorch_model-00001.bin")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    with pytest.raises(ConfigError) as caught:
+        check_folder(tmp_path)
+    assert caught.value.code == code
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001.safetensors"}}))
+    check_folder(tmp_path)
