@@ -3,7 +3,8 @@
 Writes N CT files of 512 x 512 (drawn chests with noise that differs in every file, series of 50 slices) with a label table. In
 turns, `medaug intake` makes a cohort of them in 2 processes, and MONAI's ``LoadImage(reader="PydicomReader")`` reads them in 2 workers of
 a DataLoader. MONAI only reads; intake also joins labels, scales, resizes, searches duplicates and writes PNG files.
-The peak of resident memory (of the process and its largest child) is measured in a process of its own for N and for 4 N files.
+The peak of resident memory is measured in a process of its own for N and for 4 N files: that of the process, and for every
+worker that of the largest process it started.
 
     python benchmarks/intake_speed.py                 5,000 and 20,000 files, about 13 GB of disk in --work
     python benchmarks/intake_speed.py --files 60 --no-record
@@ -12,6 +13,7 @@ The peak of resident memory (of the process and its largest child) is measured i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -142,18 +144,45 @@ def monai_read(folder: Path, workers: int) -> float:
 def peak_of(folder: Path, out: Path, workers: int) -> dict[str, Any]:
     """Peak resident memory in MB of an intake in a new process: its own, plus its largest child's for every worker."""
     command = [sys.executable, __file__, "--child", str(folder), str(out), str(workers)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"The intake whose memory was to be measured failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    peaks: dict[int, float] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            # The last look at each process counts: between fork and exec it shows the memory of the one that started it.
+            peaks |= _peaks_below(process.pid)
+            time.sleep(0.1)
+        assert process.stdout is not None
+        text = process.stdout.read()
+    if process.returncode:
+        raise SystemExit("The intake whose memory was to be measured failed.")
+    found = json.loads(text.splitlines()[-1])
+    found["worker_megabytes"] = max(peaks.values(), default=0.0)
+    return found | {"megabytes": found["own_megabytes"] + found["worker_megabytes"] * max(workers, 0)}
+
+
+def _peaks_below(pid: int) -> dict[int, float]:
+    """Peak resident memory in MB of all processes that a process started, directly or not.
+
+    Not `ru_maxrss` of the children: Linux hands the peak of the process that starts another on to it.
+    """
+    found: dict[int, float] = {}
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(number) for thread in threads for number in (thread / "children").read_text().split()]
+    except OSError:  # ended meanwhile
+        return found
+    for number in children:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{number}/status").read_text().splitlines()
+            line = next(line for line in lines if line.startswith("VmHWM"))
+            found[number] = int(line.split()[1]) / 1024
+        found |= _peaks_below(number)
+    return found
 
 
 def child(folder: Path, out: Path, workers: int) -> None:
     """The process that `peak_of` starts."""
     found = take_in(folder, out, workers)
-    kilobytes = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    own, other = (value / 1024 for value in kilobytes)
-    print(json.dumps(found | {"own_megabytes": own, "worker_megabytes": other, "megabytes": own + other * max(workers, 0)}))
+    print(json.dumps(found | {"own_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
 def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
