@@ -3,8 +3,8 @@
 An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
 that repeats real images, both also after Holm's correction over the arms. An arm that shows its images through views of its
 own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against plain
-training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign. Everything else is "no evidence",
-which is not "no effect".
+training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, and three seeds at least. Everything else is
+"no evidence", which is not "no effect".
 
 The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
 luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
@@ -34,6 +34,7 @@ BASELINE = "none"
 CONTROL = "oversample"
 SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
+FEWEST_SEEDS = 3  # with two, one benchmark in six without an effect got a verdict in simulation
 
 METRIC_LABELS = {"balanced_accuracy": "balanced accuracy", "quadratic_kappa": "quadratic kappa"}
 
@@ -145,7 +146,8 @@ def judge(
             and min(seeds) > 0
         )
         harmed = against_none[arm].high < 0 and holm_none[arm] < SIGNIFICANCE and max(seeds) < 0
-        verdict = "helps" if helped else "harms" if harmed else "no evidence"
+        spoken = "helps" if helped else "harms" if harmed else "no evidence"
+        verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
         networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
         verdicts[arm] = {
             "verdict": verdict,
@@ -209,9 +211,10 @@ def _warnings(predictions: Predictions, known: Sequence[str], has_control: bool)
     num_groups = len(set(predictions.groups))
     if num_groups < FEW_GROUPS:
         notes.append(f"The test split has only {num_groups} groups; intervals from so few are rough.")
-    if len(next(iter(predictions.probs.values()))) < 2:
+    num_seeds = len(next(iter(predictions.probs.values())))
+    if num_seeds < FEWEST_SEEDS:
         notes.append(
-            "One seed shows nothing of the luck of training, which the interval leaves out; grade with at least 3 seeds."
+            f"{num_seeds} seed(s) show too little of the luck of training for a verdict; grade with at least {FEWEST_SEEDS} seeds."
         )
     if not has_control:
         notes.append(
