@@ -22,6 +22,8 @@ from medaug.grading.executors import EXECUTORS, Failure, check_executor, usable_
 from medaug.grading.recipe import grading_recipe
 from medaug.training.steps import one_thread
 
+# A test run in the background ignores SIGINT, and so would the command that inherits it.
+INTERRUPTIBLE = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 LINUX = sys.platform == "linux"
 CORES = len(usable_cores())
 
@@ -102,7 +104,7 @@ def test_workers_do_not_outlive_their_driver(tmp_path, blow):
         env=environment,
         start_new_session=True,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+        preexec_fn=INTERRUPTIBLE,
     )
     _until(lambda: len(list(started.iterdir())) == 2 or driver.poll() is not None)
     assert driver.poll() is None, driver.stderr.read()
@@ -144,7 +146,14 @@ def _start(cohort, out, workers):
     words += ["--seeds", "3", "--profile", "tiny", "--workers", str(workers)]
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{out}.db"}
     command = [sys.executable, "-m", "medaug", *map(str, words)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=INTERRUPTIBLE,
+    )
 
 
 def _members(session):
@@ -181,7 +190,7 @@ def test_a_stopped_grid_goes_on_to_the_same_rows_and_leaves_no_process(tmp_path,
         os.killpg(running.pid, signal.SIGINT)  # as the terminal does
     else:
         running.kill()
-    _, message = running.communicate()
+    _, message = running.communicate(timeout=240)
     assert running.returncode == (130 if blow == signal.SIGINT else -signal.SIGKILL), message.decode()
     _until(lambda: not _members(running.pid), 30)
     if blow == signal.SIGINT:
