@@ -56,8 +56,10 @@ def storage_errors(name: str) -> Iterator[None]:
         raise StorageError("storage-failed", f"Writing {name} failed: {error.strerror or error}.") from error
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    A `private` file is its owner's alone (mode 0600), from its first byte on.
 
     Raises:
         StorageError: disk full, no permission, or any other fault of the file system.
@@ -71,9 +73,10 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
+            if not private:  # mkstemp gives 0600
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -95,14 +98,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """`write_bytes` of indented JSON, ends with a newline. NaN is refused: use None and a reason."""
     # Piece by piece: json.dumps holds every token of an indented text in a list first, five times the text's own size.
     data = io.BytesIO()
     for piece in json.JSONEncoder(indent=2, allow_nan=False, ensure_ascii=False).iterencode(value):
         data.write(piece.encode())
     data.write(b"\n")
-    write_bytes(path, data.getbuffer())
+    write_bytes(path, data.getbuffer(), private=private)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
