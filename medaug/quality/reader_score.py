@@ -7,14 +7,13 @@ uses both. Readers who cannot tell them apart have an AUC of 0.5 and an accuracy
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, rankdata
 from sklearn.metrics import cohen_kappa_score, roc_auc_score
 
 from medaug import storage
@@ -27,32 +26,47 @@ NUM_RESAMPLES = 2000
 LEVEL = 0.95
 SCORES = "scores.json"
 
-__all__ = ["NUM_RESAMPLES", "SCORES", "agreement", "bootstrap_interval", "reader_metrics", "score_readers"]
+__all__ = ["NUM_RESAMPLES", "SCORES", "agreement", "areas", "bootstrap_interval", "kappas", "reader_metrics", "score_readers"]
 
 Interval = tuple[float | None, float | None]
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], strata: Sequence[np.ndarray], *key: object, num_resamples: int = NUM_RESAMPLES
+    statistic: Callable[[np.ndarray], np.ndarray], strata: Sequence[np.ndarray], *key: object, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
     """95 % percentile interval of a statistic of rows, resampled within each stratum.
 
     Args:
-        statistic: of row numbers (N,).
-        strata: row numbers of each stratum.
+        statistic: of row numbers (R, N), one value (R,) for each resample; NaN where it is undefined.
+        strata: row numbers of each stratum; a resample holds as many of each, in this order.
         key: of the draws.
 
     Returns:
         low and high; None and None where resamples do not vary or are undefined, since there the percentiles say nothing.
     """
     random = numpy_generator("reader bootstrap", *key)
-    draws = [np.concatenate([random.choice(rows, len(rows)) for rows in strata]) for _ in range(num_resamples)]
-    values = np.array([statistic(rows) for rows in draws])
+    drawn = [np.asarray(rows)[random.integers(0, len(rows), (num_resamples, len(rows)))] for rows in strata]
+    values = statistic(np.concatenate(drawn, axis=1))
     values = values[np.isfinite(values)]
-    if not len(values) or values.min() == values.max():
+    if not len(values) or np.ptp(values) < 1e-12:
         return None, None
     low, high = np.percentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return float(low), float(high)
+
+
+def areas(ratings: np.ndarray, num_positive: int) -> np.ndarray:
+    """AUC (R,) of ratings (R, N) whose first `num_positive` columns are the positives: the Mann-Whitney statistic."""
+    ranks = rankdata(ratings, axis=1)[:, :num_positive].sum(1)
+    return (ranks - num_positive * (num_positive + 1) / 2) / (num_positive * (ratings.shape[1] - num_positive))
+
+
+def kappas(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Cohen's kappa (R,) of calls (R, N) bool; NaN where chance agreement is complete (Cohen 1960)."""
+    share, of_other = one.mean(1), other.mean(1)
+    chance = share * of_other + (1 - share) * (1 - of_other)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = np.where(chance < 1, ((one == other).mean(1) - chance) / (1 - chance), np.nan)
+    return found
 
 
 def reader_metrics(synthetic: np.ndarray, called: np.ndarray, confidence: np.ndarray) -> dict[str, Any]:
@@ -74,7 +88,7 @@ def reader_metrics(synthetic: np.ndarray, called: np.ndarray, confidence: np.nda
     rating = np.where(called, 1, -1) * np.asarray(confidence)
     hits = called == synthetic
     strata = [np.flatnonzero(synthetic), np.flatnonzero(~synthetic)]
-    low, high = bootstrap_interval(lambda rows: float(roc_auc_score(synthetic[rows], rating[rows])), strata, "auc")
+    low, high = bootstrap_interval(lambda rows: areas(rating[rows], len(strata[0])), strata, "auc")
     chance = binomtest(int(hits.sum()), len(hits), 0.5).pvalue
     return {
         "sensitivity": _share(hits[synthetic]),
@@ -96,15 +110,10 @@ def agreement(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     The value is None where it is undefined: both call everything the same one thing.
     """
     one, other = np.asarray(one, dtype=bool), np.asarray(other, dtype=bool)
-    value = _kappa(one, other)
-    low, high = bootstrap_interval(lambda rows: _kappa(one[rows], other[rows]), [np.arange(len(one))], "kappa")
-    return {"value": value if np.isfinite(value) else None, "low": low, "high": high, "n": len(one)}
-
-
-def _kappa(one: np.ndarray, other: np.ndarray) -> float:
-    with warnings.catch_warnings():  # scikit-learn warns and returns NaN where kappa is undefined
-        warnings.simplefilter("ignore")
-        return float(cohen_kappa_score(one, other, labels=[False, True]))
+    low, high = bootstrap_interval(lambda rows: kappas(one[rows], other[rows]), [np.arange(len(one))], "kappa")
+    alike = bool((one.all() and other.all()) or not (one.any() or other.any()))
+    value = None if alike else float(cohen_kappa_score(one, other))
+    return {"value": value, "low": low, "high": high, "n": len(one)}
 
 
 def score_readers(folder: Path, answers: Sequence[Path]) -> dict[str, Any]:
