@@ -105,7 +105,11 @@ def make_reader_test(cohort_dir: Path, synthetic_dir: Path, out: Path, *, n: int
     with storage.locked(out):
         shown = storage.sha256_json([item["id"] for item in items])  # tells nothing of how the tokens were made
         data = {"items": items, "key": f"medaug-readers-{shown}", "file": f"answers-{shown[:8]}.csv"}
-        page = page_environment().get_template("blinded.html.j2").render(data=data, classes=real.classes, version=__version__)
+        page = (
+            page_environment()
+            .get_template("blinded.html.j2")
+            .render(data=data, classes=[name for name, share in per_class.items() if share], version=__version__)
+        )
         rows = [
             {"id": tokens[kind, case.id], "source": kind, "case": case.id, "class": real.classes[case.label]}
             for kind, case in chosen
