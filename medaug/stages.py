@@ -60,6 +60,7 @@ def gate_synthetic(
     filter_dir: Path | None = None,
     allow_short: bool = False,
     run_dir: Path | None = None,
+    review: Sequence[Path] = (),
     tracking: Mapping[str, Any] | None = None,
 ) -> GateResult:
     """`medaug gate`: judge every image of a synthetic cohort, tracked as a run of its own.
@@ -103,6 +104,7 @@ def gate_synthetic(
             filter_dir=filter_dir,
             allow_short=allow_short,
             run_dir=run_dir,
+            review=review,
             tracking=run,
             progress=progress,
         )

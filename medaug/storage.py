@@ -66,16 +66,18 @@ def storage_errors(name: str) -> Iterator[None]:
         raise StorageError("storage-failed", f"Writing {name} failed: {error.strerror or error}.") from error
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    A `private` file is its owner's alone (mode 0600), from its first byte on.
 
     Raises:
         StorageError: disk full, no permission, or any other fault of the file system.
     """
-    write_pieces(path, (data,))
+    write_pieces(path, (data,), private=private)
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, private: bool = False) -> None:
     """`write_bytes` of what the pieces make together, which is never in memory as a whole."""
     path = Path(path)
     with storage_errors(path.name):
@@ -86,9 +88,10 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
                 stream.writelines(pieces)
                 stream.flush()
                 os.fsync(stream.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
+            if not private:  # mkstemp gives 0600
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -110,15 +113,16 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None) -> None:
+def write_json(path: Path, value: Any, default: Callable[[Any], Any] | None = None, *, private: bool = False) -> None:
     """`write_bytes` of indented JSON, ends with a newline. NaN is refused: use None and a reason.
 
     Args:
         default: makes JSON of an object that is none, when its turn comes.
+        private: only the user may read it, see `write_bytes`.
     """
     # Piece by piece: json.dumps holds every token of an indented text in a list first, five times the text's own size.
     encoder = json.JSONEncoder(indent=2, allow_nan=False, ensure_ascii=False, default=default)
-    write_pieces(path, (piece.encode() for piece in chain(encoder.iterencode(value), "\n")))
+    write_pieces(path, (piece.encode() for piece in chain(encoder.iterencode(value), "\n")), private=private)
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the Debian programs that the integration tests talk to: an Orthanc PACS with DICOMweb, dcmtk, and dciodvfy.
+# Installs the Debian programs that the integration tests talk to: an Orthanc PACS with DICOMweb, dcmtk, dciodvfy, and Chromium.
 # Does nothing when they are there. Needs root; on another system install them by hand.
 set -euo pipefail
 
-packages=(orthanc orthanc-dicomweb dcmtk dicom3tools)
+packages=(orthanc orthanc-dicomweb dcmtk dicom3tools chromium)
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null | grep -q '^installed$' || missing+=("$package")

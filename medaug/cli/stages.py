@@ -117,6 +117,10 @@ def gate(
     run: Annotated[
         Path | None, typer.Option(help="Training run of the generator: report whether its loss knows its training images.")
     ] = None,
+    review: Annotated[
+        list[Path] | None,
+        typer.Option(help="CSV that review.html exported: apply a reader's decisions; repeatable, see docs/review.md."),
+    ] = None,
     seed: SeedOption = 0,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
@@ -139,10 +143,15 @@ def gate(
         seed=seed,
         allow_short=allow_short,
         run_dir=run,
+        review=review or [],
         tracking=tracked_at(tracking_uri),
     )
     lines = [f"{entry.name}: {entry.accepted} of {entry.generated} accepted" for entry in result.acceptance]
-    show(result.summary, as_json, "\n".join([*lines, f"Report: {out / 'report.html'}"]))
+    show(
+        result.summary,
+        as_json,
+        "\n".join([*lines, f"Report: {out / 'report.html'}", f"Look at the images: {out / 'review.html'}"]),
+    )
 
 
 def _checks(names: str | None, gate_file: str | None) -> list[Any] | None:

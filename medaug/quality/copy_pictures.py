@@ -9,10 +9,10 @@ import numpy as np
 
 from medaug import storage
 from medaug.cohort import Case, Cohort
-from medaug.errors import DataError
-from medaug.io.raster import read_unit_png, write_unit_png
+from medaug.io.raster import write_unit_png
 from medaug.quality.copy_check import NEAR_COPY, SEED_COPY
 from medaug.quality.report import contact_sheet
+from medaug.quality.thumbnails import read_image
 from medaug.quality.verdicts import Verdict
 
 FOLDER = "copies"
@@ -48,10 +48,5 @@ def _resembled(verdict: Verdict) -> str | None:
 
 
 def _pair(synthetic: Cohort, made: Case, real: Cohort, other: Case) -> np.ndarray:
-    images: list[np.ndarray | None] = []
-    for cohort, case in ((synthetic, made), (real, other)):
-        try:
-            images.append(read_unit_png(cohort.path(case)))
-        except DataError:
-            images.append(None)
+    images = [read_image(synthetic, made), read_image(real, other)]
     return contact_sheet([images], 2, real.image_size, real.channels)

@@ -20,6 +20,8 @@ from medaug.quality.gate_config import CheckSpec, PlannedCheck, plan_checks, wit
 from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_unlabelled, write_verdicts
 from medaug.quality.membership import membership_of_run
 from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
+from medaug.quality.review import apply_review, read_reviews, review_facts
+from medaug.quality.review_page import write_review
 from medaug.quality.verdicts import ClassAcceptance, Verdict, acceptance_per_class, combine, cut_to_quota
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.classifier import ClassifierRecipe
@@ -73,6 +75,7 @@ def run_gate(
     filter_dir: Path | None = None,
     allow_short: bool = False,
     run_dir: Path | None = None,
+    review: Sequence[Path] = (),
     tracking: Run | None = None,
     progress: Progress | None = None,
 ) -> GateResult:
@@ -81,7 +84,7 @@ def run_gate(
     Args:
         synthetic_dir: a cohort folder whose training cases are synthetic.
         cohort_dir: the real cohort that they belong to.
-        out: accepted cohort, ``gate.json``, ``report.html``, ``quarantine.csv``, ``quarantine/``, ``copies/``, ``filter/``, ``features/``.
+        out: accepted cohort, ``gate.json``, ``report.html``, ``review.html``, ``quarantine.csv``, ``quarantine/``, ``copies/``, ``filter/``, ``features/``.
         checks: names of `CHECKS`, or mappings of a name to its settings, see `plan_checks`; "usable" always runs.
         threshold: confidence that the pseudo-label needs; the paper's 0.8.
         quotas: wanted images per class: by name, or one number per class in order. More are cut in the cohort's order.
@@ -94,12 +97,15 @@ def run_gate(
         filter_dir: cache of trained filters; None takes ``out/filter``.
         allow_short: accept a missed quota.
         run_dir: training run of the generator; adds whether its loss tells training images from validation, see `membership`.
+        review: CSV files that ``review.html`` exported: a reader's accept or reject wins over the checks, except that nobody
+            can accept an unusable image or a near-copy. Quotas are counted afterwards.
         tracking: a run that takes the tables and sheets.
         progress: called as ``progress(description, total)``, like `medaug.progress.progress`.
 
     Raises:
         LeakageError: generator, filter or `weights` saw a validation or test group, or nothing shows what they saw.
-        DataError: `quota-missed` or `nothing-accepted`, after the report is written; no synthetic cases; cohorts that differ.
+        DataError: `quota-missed` or `nothing-accepted`, after the report is written; no synthetic cases; cohorts that differ;
+            a review that cannot be applied, see `read_reviews` and `apply_review`.
         ConfigError: unknown check or class, threshold outside [0, 1].
     """
     out = Path(out)
@@ -110,13 +116,17 @@ def run_gate(
     real, synthetic = read_cohort(cohort_dir, verify=True), read_cohort(synthetic_dir)
     wanted = _quotas(quotas, real.classes)
     _check_inputs(real, synthetic, out)
+    decisions = read_reviews(review, {case.id for case in synthetic.training})
     context = GateContext(
         real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate,
         label=_check_label(label, weights), amst=amst, weights=weights, replace_head=replace_head,
         weights_trusted=weights_trusted, cache=FeatureCache(out / FEATURES),
     )  # fmt: skip
     with storage.locked(out):
-        verdicts = cut_to_quota(_judge(context, planned, progress), wanted)
+        judged = _judge(context, planned, progress)
+        verdicts = cut_to_quota(apply_review(judged, decisions), wanted)
+        if decisions:
+            context.reports["review"] = review_facts(judged, decisions)
         if run_dir is not None:
             context.reports["membership"] = membership_of_run(Path(run_dir), real)
         acceptance = acceptance_per_class(verdicts, real.classes, wanted)
@@ -126,8 +136,10 @@ def run_gate(
         config = {"checks": names, "threshold": threshold, "quotas": wanted, **filter_config}
         settings = {check.name: without_folders(check.settings) for check in planned if check.settings}
         config |= {"settings": settings} if settings else {}
+        config |= {"review": context.reports["review"]["csv_sha256"]} if decisions else {}
         summary = summary_of(context, names, verdicts, acceptance, config)
         write_verdicts(out, context, verdicts, summary)
+        write_review(out, real, synthetic, [verdict.to_json(real.classes) for verdict in judged], decisions)
         log_gate(tracking, context, verdicts, summary)
         made = created_by("medaug gate", config, seed)
         write_unlabelled(out, context, names, verdicts, made)

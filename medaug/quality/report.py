@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from medaug import __version__, storage
 from medaug.cohort import Case, Cohort
-from medaug.errors import DataError
-from medaug.io.raster import read_unit_png
+from medaug.quality.thumbnails import png_uri, read_image
 
 PER_ROW = 12
 PAIRS = 12
 ROWS = ("real", "accept", "quarantine", "reject")
 _GAP = 2
 
-__all__ = ["class_sheets", "contact_sheet", "png_uri", "write_report"]
+__all__ = ["class_sheets", "contact_sheet", "write_report"]
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray | None]], columns: int, size: int, channels: int = 1) -> np.ndarray:
@@ -45,15 +41,6 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray | None]], columns: int, siz
     return sheet
 
 
-def png_uri(image: np.ndarray, scale: int = 1) -> str:
-    """A unit image as a ``data:`` address for HTML, 8 bits, each pixel enlarged `scale` times."""
-    picture = Image.fromarray(np.rint(image.clip(0, 1) * 255).astype(np.uint8))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def class_sheets(real: Cohort, synthetic: Cohort, verdicts: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     """One contact sheet per class; its rows are real, accepted, quarantined and rejected images."""
     cases = {case.id: case for case in synthetic.training}
@@ -69,15 +56,7 @@ def class_sheets(real: Cohort, synthetic: Cohort, verdicts: Sequence[Mapping[str
 def _images(cohort: Cohort, cases: Sequence[Case]) -> list[np.ndarray | None]:
     """Up to `PER_ROW` images spread evenly over the cases; None for one that cannot be read."""
     step = max(1, -(-len(cases) // PER_ROW))
-    return [_image(cohort, case) for case in cases[::step][:PER_ROW]]
-
-
-def _image(cohort: Cohort, case: Case) -> np.ndarray | None:
-    try:
-        image = read_unit_png(cohort.path(case))
-    except DataError:
-        return None
-    return image if image.ndim == (3 if cohort.channels == 3 else 2) else None
+    return [read_image(cohort, case) for case in cases[::step][:PER_ROW]]
 
 
 def nearest_pairs(
@@ -90,8 +69,8 @@ def nearest_pairs(
         return None
     ranked = ranked[:PAIRS]
     made, known = {case.id: case for case in synthetic.training}, {case.id: case for case in real.training}
-    top = [_image(synthetic, made[row["id"]]) for row in ranked]
-    bottom = [_image(real, known[row["nearest_training_case"]]) for row in ranked]
+    top = [read_image(synthetic, made[row["id"]]) for row in ranked]
+    bottom = [read_image(real, known[row["nearest_training_case"]]) for row in ranked]
     return contact_sheet([top, bottom], PAIRS, real.image_size, real.channels), ranked
 
 
