@@ -65,7 +65,7 @@ def write_review(
         size = sum(map(len, part["pictures"].values()))
         total += size
         ids = {item["id"] for item in part["items"]}
-        facts = {"key": f"medaug-review-{sha}-{len(paths)}", "file": f"review-{sha[:8]}-{len(paths)}.csv"}
+        facts: dict[str, Any] = {"key": f"medaug-review-{sha}-{len(paths)}", "file": f"review-{sha[:8]}-{len(paths)}.csv"}
         facts |= {"decisions": {key: [word.verdict, word.reader] for key, word in decisions.items() if key in ids}}
         before, after = part_name(len(paths) - 1) if len(paths) > 1 else None, part_name(len(paths) + 1) if part["more"] else None
         storage.write_text(
