@@ -86,7 +86,7 @@ def _reviewed(verdict: Verdict, decision: Decision | None) -> Verdict:
     if decision is None:
         return verdict
     codes = [code for code, _ in verdict.reasons]
-    word = {"reader": decision.reader, "verdict": decision.verdict, "csv_sha256": decision.csv_sha256}
+    word: dict[str, Any] = {"reader": decision.reader, "verdict": decision.verdict, "csv_sha256": decision.csv_sha256}
     word |= {"gate_verdict": verdict.verdict, "gate_reasons": codes}
     lineage = {**verdict.lineage, "reviewed_by": word}
     if decision.verdict == ACCEPT:
