@@ -122,7 +122,9 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
     grading = {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}
     shared = {
         **SHARED,
-        "generating": {"counts": [10, 10, 10], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 2}},
+        # Long enough for images that show something: the gate turns away flat ones.
+        "training": {**SHARED["training"], "batch_size": 8, "max_epochs": 4, "epoch_length": 30},
+        "generating": {"counts": [10, 10, 10], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 6}},
     }
     rows = [{"name": name, "generating": {"seed": seed}} for seed, name in enumerate(("syn1", "syn2"))]
     cells = ["orig100", "orig+syn1+syn2", "orig50+syn2_50", "syn1", "orig50+vflip"]

@@ -220,7 +220,7 @@ def source_counts(source: Source, real: Cohort, kept: Sequence[Case], what: str 
         return available
     split, present = (class_counts(cases, len(real.classes)) for cases in (real_cases(real), kept))
     asked = (source.per_real or 0) * (sum(present) or sum(split))
-    if asked > sum(available) + 1:  # images are shared out one by one, which must not go on for ever
+    if asked > 100 * (sum(available) + sum(split)):  # images are shared out one by one, which must not go on for ever
         raise DataError(
             "synthetic-too-few",
             f"{what} asks for {asked:.6g} accepted images of {source.name}, which has {sum(available)}; generate more or lower "

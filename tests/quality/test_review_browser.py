@@ -61,6 +61,10 @@ class Watched:
     def text(self, name: str) -> str:
         return str(self.page.locator(f"#{name}").inner_text())
 
+    def wait_for(self, name: str, text: str) -> None:
+        """Until the element says so: on a busy machine a page that is loaded may not be drawn yet."""
+        self.page.wait_for_function("([id, text]) => document.getElementById(id).innerText === text", arg=[name, text])
+
     def export(self, path: Path) -> list[dict[str, str]]:
         with self.page.expect_download() as download:
             self.page.locator("#export").press("Enter")
@@ -102,7 +106,8 @@ def test_a_review_by_keyboard_goes_through_the_gate(browser: Any, folders: Path)
         {"id": "s1good1", "verdict": "accept", "reader": "ann"},
     ]
     seen.page.reload()
-    assert seen.text("count") == "2 of 27 decided: 1 accepted, 1 rejected" and seen.page.input_value("#reader") == "ann"
+    seen.wait_for("count", "2 of 27 decided: 1 accepted, 1 rejected")
+    assert seen.page.input_value("#reader") == "ann"
     seen.check_quiet()
 
     other = Watched(browser.new_context(accept_downloads=True), folders / "out" / "review.html")  # another person's browser
@@ -132,7 +137,7 @@ def test_a_reader_test_by_keyboard_is_scored(browser: Any, folders: Path) -> Non
     assert seen.text("count") == "3 of 6 answered"
     seen.press("u", "u", "3", "r", "s", "1", "s", "4", "r", "5")
     seen.page.reload()
-    assert seen.text("count") == "6 of 6 answered"
+    seen.wait_for("count", "6 of 6 answered")
     seen.name("ann")
     rows = seen.export(folders / "answers.csv")
     assert [(row["answer"], row["confidence"]) for row in rows] == [

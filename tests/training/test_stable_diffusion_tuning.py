@@ -328,6 +328,5 @@ def test_monai_lays_the_files_over_each_other_as_medaug_does(
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_prompts_are_asked_for_as_they_are_offered(name: str) -> None:
     prompts = pytest.importorskip("medaug.prompts")
-    asked = read_yaml(assets.bundles_root() / "text_to_image" / "configs" / name)["prompts"]
-    assert asked.pop("_target_") == "medaug.prompts.make_prompts"
-    inspect.signature(prompts.make_prompts).bind(**asked)
+    asked = read_yaml(assets.bundles_root() / "text_to_image" / "configs" / name)["prompt_settings"]
+    inspect.signature(prompts.make_prompts).bind(["normal"], **asked)
