@@ -130,13 +130,22 @@ def _principal(images: Images, mean: np.ndarray, components: int) -> tuple[np.nd
     """Standard deviations (K,) along the first principal components and these, (K, pixels): eigenvectors of the covariance."""
     from scipy.linalg import eigh
 
-    covariance = np.zeros((len(mean), len(mean)))
+    covariance = _covariance(images, mean)
+    last = len(mean) - 1
+    values, vectors = eigh(covariance.T, overwrite_a=True, subset_by_index=(max(last + 1 - components, 0), last))
+    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
+
+
+def _covariance(images: Images, mean: np.ndarray) -> np.ndarray:
+    """(pixels, pixels) float64."""
+    covariance, product = np.zeros((len(mean), len(mean))), np.empty((len(mean), len(mean)))
     for _, block in _blocks(images):
         centred = block - mean
-        covariance += centred.T @ centred / len(images)
-    last = len(mean) - 1
-    values, vectors = eigh(covariance, subset_by_index=(max(last + 1 - components, 0), last))
-    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
+        np.matmul(centred.T, centred, out=product)
+        product /= len(images)
+        covariance += product
+        del centred  # each of these takes 8 MB
+    return covariance
 
 
 def _bootstrap_error(right: np.ndarray, forgetful: np.ndarray, truth: np.ndarray, generator: np.random.Generator) -> float:
