@@ -142,6 +142,7 @@ class Joiner:
         patients = [row.patient for row in rows] or [item.patient]
         # What a table leaves blank, the file may know.
         patients = patients if any(known_patient(value) for value in patients) else [_patient(picture.identifiers)]
+        votes = tuple((row.number, row.reader, row.label.strip()) for row in rows if row.label.strip())
         groups = [row.group for row in rows] if self._has_table else [item.group]
         return Record(
             item=item,
@@ -154,7 +155,7 @@ class Joiner:
             volume=_volume(item, picture),
             modality=picture.modality,
             acquisition=dict(picture.acquisition),
-            votes=tuple((row.number, row.reader, row.label.strip()) for row in rows if row.label.strip()),
+            votes=votes if len(votes) > 1 else (),
             identities=self._identities(patients, picture) if self._maps else (),
         )
 

@@ -108,29 +108,44 @@ def _memoryless_labels(train: Images, labels: np.ndarray, test: Images) -> np.nd
     mean = np.sum([block.sum(axis=0, dtype=np.float64) for _, block in _blocks(train)], axis=0) / len(train)
     deviation, basis = _principal(train, mean, int(np.clip(len(train) // 20, 1, 30)))
     scale = basis / np.maximum(deviation[:, None], 1e-6)
-    known, unknown = (
-        np.concatenate([np.append((block - mean) @ scale.T, np.ones((len(block), 1)), axis=1) for _, block in _blocks(side)])
-        for side in (train, test)
-    )
     classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    weight = (len(train) / (len(classes) * sizes))[index][:, None]
-    target = np.eye(len(classes))[index]
-    penalty = np.diag([*[0.1 * len(train)] * (known.shape[1] - 1), 1e-6])
-    solution = np.linalg.solve(known.T @ (weight * known) + penalty, known.T @ (weight * target))
-    return classes[(unknown @ solution).argmax(axis=1)]
+    weight, target = len(train) / (len(classes) * sizes), np.eye(len(classes))
+    # The normal equations block by block: the scores of all images would take 250 bytes for each, and several times.
+    gram = np.diag([*[0.1 * len(train)] * len(scale), 1e-6])
+    moment = np.zeros((len(gram), len(classes)))
+    for start, block in _blocks(train):
+        known, own = _scores(block, mean, scale), index[start : start + len(block)]
+        gram += known.T @ (weight[own, None] * known)
+        moment += known.T @ (weight[own, None] * target[own])
+    solution = np.linalg.solve(gram, moment)
+    return classes[np.concatenate([(_scores(block, mean, scale) @ solution).argmax(axis=1) for _, block in _blocks(test)])]
+
+
+def _scores(block: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Components of images, and a constant, (N, K + 1)."""
+    return np.append((block - mean) @ scale.T, np.ones((len(block), 1)), axis=1)
 
 
 def _principal(images: Images, mean: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
     """Standard deviations (K,) along the first principal components and these, (K, pixels): eigenvectors of the covariance."""
     from scipy.linalg import eigh
 
-    covariance = np.zeros((len(mean), len(mean)))
+    covariance = _covariance(images, mean)
+    last = len(mean) - 1
+    values, vectors = eigh(covariance.T, overwrite_a=True, subset_by_index=(max(last + 1 - components, 0), last))
+    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
+
+
+def _covariance(images: Images, mean: np.ndarray) -> np.ndarray:
+    """(pixels, pixels) float64."""
+    covariance, product = np.zeros((len(mean), len(mean))), np.empty((len(mean), len(mean)))
     for _, block in _blocks(images):
         centred = block - mean
-        covariance += centred.T @ centred / len(images)
-    last = len(mean) - 1
-    values, vectors = eigh(covariance, subset_by_index=(max(last + 1 - components, 0), last))
-    return np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1].T
+        np.matmul(centred.T, centred, out=product)
+        product /= len(images)
+        covariance += product
+        del centred  # each of these takes 8 MB
+    return covariance
 
 
 def _bootstrap_error(right: np.ndarray, forgetful: np.ndarray, truth: np.ndarray, generator: np.random.Generator) -> float:

@@ -247,7 +247,7 @@ class Record:
     is_blank: bool = False
     case_id: str = ""
     label: int = -1
-    votes: tuple[tuple[int, str, str], ...] = ()  # of the table: row, reader, label
+    votes: tuple[tuple[int, str, str], ...] = ()  # of the table, where it has several: row, reader, label
     burned_in: str = ""  # "not found", "masked", "kept"; "" if it was not searched
     boxes: tuple[tuple[int, int, int, int], ...] = ()  # what was masked: top, left, bottom, right
     frame: int = 0  # 0-based frame of the file

@@ -114,9 +114,6 @@ def arrange(items: Sequence[Item], options: IntakeOptions) -> Arrangement:
     """
     work = _Arranger(options)
     images = _read_headers(items, options)
-    for image in images:
-        image.item.declared = image.header.declared
-        image.item.key = image.header.identifiers.get(options.key, "")
     images.sort(key=_Image.order)
     images = _settle_instances(work, images)
     localizers = [image for image in work.remaining(images) if "LOCALIZER" in image.header.image_type]
@@ -165,8 +162,8 @@ def _read_headers(items: Sequence[Item], options: IntakeOptions) -> list[_Image]
         # Processes, since parsing is Python; spawned, since a fork copies the threads' locks of this process.
         context = multiprocessing.get_context("spawn")
         with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-            return _with_headers(chosen, pool.map(_header, (item.path for item in chosen), chunksize=_CHUNK))
-    return _with_headers(chosen, map(_header, (item.path for item in chosen)))
+            return _with_headers(chosen, pool.map(_header, (item.path for item in chosen), chunksize=_CHUNK), options.key)
+    return _with_headers(chosen, map(_header, (item.path for item in chosen)), options.key)
 
 
 def _header(path: Path) -> DicomHeader | None:
@@ -176,14 +173,20 @@ def _header(path: Path) -> DicomHeader | None:
         return None
 
 
-def _with_headers(items: Sequence[Item], headers: Iterable[DicomHeader | None]) -> list[_Image]:
-    """The images of the files whose header could be read; files that follow each other share equal facts."""
+def _with_headers(items: Sequence[Item], headers: Iterable[DicomHeader | None], key: str) -> list[_Image]:
+    """The images of the files whose header could be read; files that follow each other share equal facts.
+
+    Items get what is needed of the headers later. Of the identifiers only the `key` is, and a dict for every file would
+    be the largest part of its header.
+    """
     images = []
-    last = DicomHeader()
+    last, none = DicomHeader(), DicomHeader().identifiers
     for item, header in zip(items, headers, strict=True):
         if header is not None:
             same = {name: value for name in _FACTS if (value := getattr(last, name)) == getattr(header, name)}
-            last = replace(header, **same)
+            wanted = header.identifiers.get(key, "")
+            last = replace(header, **same | {"identifiers": none})
+            item.declared, item.key = last.declared, last.sop if last.sop == wanted else wanted
             images.append(_Image(item, last))
     return images
 

@@ -126,5 +126,7 @@ class Thumbnails:
         if isinstance(key, np.ndarray):
             return Thumbnails(self._spool, self._places[key])
         places = self._places[key]
-        data = b"".join(self._spool.thumbnail(int(place)) for place in np.atleast_1d(places))
-        return np.frombuffer(data, np.float16).reshape(*np.shape(places), THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+        found = np.empty((np.size(places), THUMBNAIL_SIZE**2), np.float16)
+        for row, place in zip(found, np.atleast_1d(places), strict=True):
+            row[:] = np.frombuffer(self._spool.thumbnail(int(place)), np.float16)
+        return found.reshape(*np.shape(places), THUMBNAIL_SIZE, THUMBNAIL_SIZE)

@@ -88,6 +88,6 @@ def peak_of(folder: Path, count: int) -> int:
 def test_an_image_takes_little_memory_until_the_cohort_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "BLOCK", 64)  # blocks of the usual size would grow up to 1024 images
     peak_of(tmp_path / "warm", 80)  # imports
-    small, large = peak_of(tmp_path / "small", 100), peak_of(tmp_path / "large", 400)
+    small, large = peak_of(tmp_path / "small", 200), peak_of(tmp_path / "large", 500)
     # Its thumbnail alone takes 2 kB, its facts as a dict 1.5 kB and once more in the cohort.
     assert (large - small) / 300 < BYTES_PER_IMAGE, f"{(large - small) / 300:.0f} bytes per image"
