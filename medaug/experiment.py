@@ -272,5 +272,5 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
         cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
-        [*lines, "", "Mean and spread over networks and seeds; the interval is a paired bootstrap of the test groups.", ""]
+        [*lines, "", "Mean and spread over networks and seeds; the interval covers the test groups and the luck of training.", ""]
     )

@@ -18,7 +18,7 @@ from medaug.training.classifier import ClassifierRecipe
 
 DEFAULT = "default"
 # Transformers, and ConvNeXt, which is trained like them, want a smaller step and a stronger decay (Touvron et al. 2021, table 9; Liu
-# et al. 2022, table 5); from random weights 1e-3 with batches of 32 makes them answer one class. Not tuned further.
+# et al. 2022, table 5). Not tuned here.
 _TRANSFORMER = {"learning_rate": 3e-4, "weight_decay": 0.05}
 _TRANSFORMERS = dict.fromkeys(
     ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_tiny"), _TRANSFORMER

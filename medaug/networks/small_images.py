@@ -2,27 +2,7 @@
 
 The published networks halve the sides five times and leave 1 x 1 of 32 px, so their last stages see no neighbours. Up to 64 px
 each builder here changes the stem (or patch) so that the last stage keeps 2 x 2 positions or the first one works on 16 x 16; above
-64 px a network is the published one. None of the changes multiplies the cost beyond what a step costs at 64 px:
-
-Time of one optimiser step (forward, backward, AdamW) of 32 grey images of 32 px on one thread; two cores of a Zen 3 shared with
-other work, best of four, so for comparing networks with each other only. Published: the same network unchanged.
-
-    network                         ms   published      M weights
-    simple_cnn                     104           -        0.1
-    resnet18                       448         164       11.2
-    resnet50                      1125         422       23.5
-    vgg16_bn                       660        4398       14.7
-    densenet121                    819         290        6.9
-    inception_v3                   699     refuses       21.8
-    resnext50_32x4d               1316         485       23.0
-    mobilenetv2_100                300         191        2.2
-    efficientnet_b0                636         349        4.0
-    vit_small_patch16_224          942         342       21.3
-    swin_tiny_patch4_window7_224  1067         395       27.5
-    resnet34                       691         288       21.3
-    vgg16                          675        6672       14.7
-    swinv2_tiny_window8_256       4921        2269       27.6
-    convnext_tiny                 1984        1394       27.9
+64 px a network is the published one.
 """
 
 from __future__ import annotations
