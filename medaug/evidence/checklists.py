@@ -29,7 +29,9 @@ def answers_of(records: Records) -> dict[str, list[Answer]]:
 
 def counts_of(answers: Answers) -> dict[str, dict[str, int]]:
     """Per checklist, how many items are in which state."""
-    return {name: {state: sum(entry.state == state for entry in entries) for state in STATES} for name, entries in answers.items()}
+    return {
+        name: {state: sum(entry.state == state for entry in entries) for state in STATES} for name, entries in answers.items()
+    }
 
 
 def markdown_page(records: Records, answers: Answers) -> str:

@@ -33,7 +33,9 @@ def source_cohort(records: Records) -> str | None:
     """Name, modality, classes and hash of the real cohort."""
     real = records.real
     if real is None:
-        return f"Real cohort with content sha256 {records.real_sha256}; its folder was not given." if records.real_sha256 else None
+        return (
+            f"Real cohort with content sha256 {records.real_sha256}; its folder was not given." if records.real_sha256 else None
+        )
     order = "ordered classes" if real.ordinal else "classes without an order"
     modality = f", modality {real.modality}" if real.modality else ""
     return f"Cohort {real.name!r}{modality}, {order} {listed(real.classes)}; content sha256 {real.content_sha256}."
@@ -134,7 +136,9 @@ def missing_data(records: Records) -> str | None:
 def preprocessing(records: Records) -> str | None:
     """Size, channels and intensities of the images."""
     data = records.real or records.described
-    side = f"{data.image_size} x {data.image_size} px" if data.spatial_dims == 2 else f"volumes of up to {data.image_size} px a side"
+    side = (
+        f"{data.image_size} x {data.image_size} px" if data.spatial_dims == 2 else f"volumes of up to {data.image_size} px a side"
+    )
     depth = "8-bit colour" if data.channels == 3 else "16-bit grey"
     kind = str(data.intensity.get("kind", ""))
     meaning = _INTENSITY.get(kind, "").format(data.intensity.get("0"), data.intensity.get("1"))

@@ -55,7 +55,11 @@ def graded_as(records: Records) -> str | None:
         return None
     sha = records.described.content_sha256
     used = _distinct(row["arm"] for row in records.rows if sha in _sources(row["key"]["arm"]))
-    return f"The described images were graded as: {listed(used)}." if used else "No arm of the benchmark trained on the described images."
+    return (
+        f"The described images were graded as: {listed(used)}."
+        if used
+        else "No arm of the benchmark trained on the described images."
+    )
 
 
 def _sources(arm: Mapping[str, Any]) -> list[Any]:
@@ -186,7 +190,7 @@ def comparisons(records: Records) -> str | None:
         text += f", against the same views of real images {_difference(entry['against_views'])}" if entry["against_views"] else ""
         parts.append(text)
     metric = METRIC_NAMES.get(str(_deciding(records)), "score")
-    return f"Differences in {metric} to training without augmentation: {'; '.join(parts)}. \"No evidence\" is not \"no effect\"."
+    return f'Differences in {metric} to training without augmentation: {"; ".join(parts)}. "No evidence" is not "no effect".'
 
 
 def _difference(result: Mapping[str, Any]) -> str:
@@ -205,8 +209,14 @@ def robustness(records: Records) -> str | None:
     parts = []
     for arm, entry in sorted(records.verdict.items()):
         known = [value for value in entry["seed_differences"] if value is not None]
-        seeds = f"{figure(min(known), signed=True)} to {figure(max(known), signed=True)} over {counted(len(known), 'seed')}" if known else "undefined"
-        parts.append(f"{arm} {seeds}, better in {entry['wilcoxon']['wins']} of {counted(entry['wilcoxon']['num_networks'], 'network')}")
+        seeds = (
+            f"{figure(min(known), signed=True)} to {figure(max(known), signed=True)} over {counted(len(known), 'seed')}"
+            if known
+            else "undefined"
+        )
+        parts.append(
+            f"{arm} {seeds}, better in {entry['wilcoxon']['wins']} of {counted(entry['wilcoxon']['num_networks'], 'network')}"
+        )
     return f"Differences to training without augmentation by seed and network: {'; '.join(parts)}."
 
 

@@ -157,10 +157,11 @@ def _rows(benchmark: Path) -> tuple[Record, ...]:
 def _refuse_mixture(records: Records) -> None:
     """All records must be of one study: a paper that mixes two is worse than none."""
     gate, run = records.gate or {}, records.run or {}
+    trained_on = str(run.get("cohort_sha256", ""))
     _same("gate.json", str(gate.get("cohort_sha256", "")), records.real_sha256)
-    _same("run.json", str(run.get("cohort_sha256", "")), records.real_sha256)
+    _same("run.json", trained_on, records.real_sha256)
     for row in records.rows:
-        _same("The benchmark", str(row["key"]["cohort"]), records.real_sha256)
+        _same("The benchmark", str(row["key"]["cohort"]), records.real_sha256 or trained_on)
     _same("metrics.json", str((records.metrics or {}).get("weights_sha256", "")), str(run.get("weights_sha256", "")))
     weights = records.lineages("weights_sha256")
     if run and weights and run.get("weights_sha256") not in weights:

@@ -29,6 +29,12 @@ def described_set(records: Records) -> str:
     return f"{data.name!r}: {counted(len(data.cases()), 'image')} ({parts}); content sha256 {data.content_sha256}."
 
 
+def generator_name(records: Records) -> str | None:
+    """The bundles that made the synthetic images."""
+    names = records.lineages("bundle")
+    return f"Synthetic images by {listed(names)}." if names else None
+
+
 def generator(records: Records) -> str | None:
     """Bundle, weights and settings that made the synthetic images."""
     if not records.synthetic:
@@ -67,7 +73,8 @@ def training_data(records: Records) -> str | None:
     run = records.run
     if run is None:
         return None
-    return f"Training split of the cohort with content sha256 {run['cohort_sha256']}: {counted(len(run['fit_groups']), 'group')}, sha256 of their list {run['fit_on']}."
+    groups = f"{counted(len(run['fit_groups']), 'group')}, sha256 of their list {run['fit_on']}"
+    return f"Training split of the cohort with content sha256 {run['cohort_sha256']}: {groups}."
 
 
 def run_identity(records: Records) -> str | None:
@@ -84,7 +91,11 @@ def sampling(records: Records) -> str | None:
         shown = [settings(records.run["settings"]["sampler"])]
     if not shown:
         return None
-    return f"Sampled with {shown[0]}." if len(shown) == 1 else f"{len(shown)} sampler settings were used; every image's lineage holds its own."
+    return (
+        f"Sampled with {shown[0]}."
+        if len(shown) == 1
+        else f"{len(shown)} sampler settings were used; every image's lineage holds its own."
+    )
 
 
 def held_out(records: Records) -> str | None:
@@ -134,7 +145,8 @@ def gate_copies(records: Records) -> str | None:
     if not found:
         return None
     spaces = listed(
-        f"{entry.get('space', name)} below {figure(entry['threshold'])}" for name, entry in (gate.get("copy_spaces") or {}).items()
+        f"{entry.get('space', name)} below {figure(entry['threshold'])}"
+        for name, entry in (gate.get("copy_spaces") or {}).items()
     )
     where = f" Distances that count as a copy: {spaces}." if spaces else ""
     return (
@@ -149,7 +161,9 @@ def gate_labels(records: Records) -> str | None:
     if not found:
         return None
     held = found.get("validation") or {}
-    score = f"; on {held['n']} real validation images its balanced accuracy is {figure(held['balanced_accuracy'])}" if held else ""
+    score = (
+        f"; on {held['n']} real validation images its balanced accuracy is {figure(held['balanced_accuracy'])}" if held else ""
+    )
     given = (records.gate or {}).get("config", {}).get("label") == "amst"
     how = "that several heads of a classifier agree on (AMST)" if given else "it was generated for, confirmed by a classifier"
     network = f"{found['network']}, " if found.get("network") else ""
@@ -173,7 +187,8 @@ def membership(records: Records) -> str | None:
     found = (records.gate or {}).get("membership")
     if not found or "auc" not in found:
         return None
-    return f"The generator's loss tells training images from validation images with AUC {figure(found['auc'])} ({figure(found['low'])} to {figure(found['high'])}; 0.5 means it does not)."
+    interval = f"{figure(found['low'])} to {figure(found['high'])}"
+    return f"The generator's loss tells training images from validation images with AUC {figure(found['auc'])} ({interval}; 0.5 means not)."
 
 
 def evaluation(records: Records) -> str | None:

@@ -166,7 +166,7 @@ def _benchmark(real: Cohort, accepted: Cohort, root: Path) -> None:
         writer.writerows([["sha256", "arm"], *([row["sha256"], row["arm"]] for row in rows)])
     groups = [case.group for case in real.test]
     stacked = {(arm, "simple_cnn"): np.stack([values] * 3) for arm, values in probs.items()}
-    predictions = Predictions(target, groups, stacked, {cell: 0.5 for cell in stacked})
+    predictions = Predictions(target, groups, stacked, dict.fromkeys(stacked, 0.5))
     storage.write_json(root / "verdict.json", judge(predictions, ordinal=True, num_resamples=200))
 
 

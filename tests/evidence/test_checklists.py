@@ -60,7 +60,9 @@ def test_answers_hold_the_figures_of_the_benchmark(study: Study, tmp_path: Path)
     # truth 0 0 1 1: none answers 0 0 1 0, kappa (0.75 - 0.5) / (1 - 0.5); guided is right everywhere
     assert "none: test 0.500 ± 0.000" in claim["37"] and "guided: test 1.000 ± 0.000" in claim["37"]
     assert "guided: no evidence, +0.500 (95 % " in claim["38"] or "guided: helps, +0.500 (95 % " in claim["38"]
-    assert claim["39"].startswith("Test predictions over all runs: none 3 of 12 wrong, most often high taken for low (3); guided 0 of 12 wrong.")
+    assert claim["39"].startswith(
+        "Test predictions over all runs: none 3 of 12 wrong, most often high taken for low (3); guided 0 of 12 wrong."
+    )
     assert "There is no `oversample` arm" in claim["40"].replace("\\`", "`")
     assert "guided low: 4, high: 2" in tripod["13"]
     assert claim["44"] == f"**{BLANK} funding**" and tripod["17"] == f"**{BLANK} ethics committee and consent**"
@@ -82,7 +84,9 @@ def test_without_a_benchmark_its_items_are_blank(study: Study, tmp_path: Path) -
 def test_names_cannot_break_the_pages(study: Study, tmp_path: Path) -> None:
     for folder in (study.cohort, study.accepted):
         path = folder / "cohort.json"
-        path.write_text(path.read_text().replace("drawn chest", "<script>alert(1)</script>|x").replace('"accepted"', '"<b>|a\\nb"'))
+        path.write_text(
+            path.read_text().replace("drawn chest", "<script>alert(1)</script>|x").replace('"accepted"', '"<b>|a\\nb"')
+        )
     write_evidence(study.accepted, tmp_path, **study.options)
     pages = [(tmp_path / name).read_text() for name in ("checklists.md", "checklists.html", "DATASET_CARD.md", "MODEL_CARD.md")]
     assert all("<script>" not in page and "<b>" not in page for page in pages)

@@ -43,14 +43,18 @@ def test_the_dataset_card_says_the_numbers_of_the_records(study: Study, tmp_path
     assert "| low | 0 | 4 | 0 | 0 | 4 |\n| high | 0 | 2 | 0 | 0 | 2 |\n| all | 0 | 6 | 0 | 0 | 6 |\n" in text
     card, real = bullets(tmp_path / "out" / "DATASET_CARD.md"), cohorts.read_cohort(study.cohort)
     assert real.content_sha256 in card["real data"] and "drawn chest" in card["real data"]
-    assert card["sizes"] == "Real data: training 12 images of 6 groups, validation 4 images of 2 groups, test 4 images of 2 groups."
+    assert (
+        card["sizes"] == "Real data: training 12 images of 6 groups, validation 4 images of 2 groups, test 4 images of 2 groups."
+    )
     assert card["taken in"] == "20 of 23 files were used, 3 left out (conflicting-label 1, image-unreadable 2)."
     assert "pixel spacing 0.5 to 1.4 mm; slice thickness 2.5 mm; format DICOM (20)" in card["acquisition"]
     assert "-1350 and 150 Hounsfield units" in card["format"] and "1 suspect stayed in" in card["identity"]
     assert "0123456789abcdef" * 4 in card["origin"] and "c" * 64 in card["origin"] and "seed 7" in card["origin"]
     assert card["what it saw"].startswith("Generator and filter were fitted on 6 groups. None of them")
     assert "usable, pseudo_label, copies; threshold=0.8" in card["checks"]
-    assert card["acceptance"].startswith("6 of 10 images accepted (60.0%). Reasons against images: confidence-low 3, near-copy 1.")
+    assert card["acceptance"].startswith(
+        "6 of 10 images accepted (60.0%). Reasons against images: confidence-low 3, near-copy 1."
+    )
     assert card["acceptance"].endswith("Classes short of their quota: high.")
     assert card["copies found"].startswith("1 of 10 generated") and "0.003 to 0.445" in card["copies found"]
     assert "SOP Instance UID" in card["real images"] and "agreement of pairs 0.600" in card["agreement of readers"]
@@ -122,7 +126,9 @@ def test_nothing_of_a_patient_leaves_the_records(study: Study, tmp_path: Path, c
     for name in ("cohort/cohort.json", "accepted/cohort.json", "cohort/report.json", "accepted/gate.json", "run/run.json"):
         edit(study.cohort.parent / name, plant)
     edit(study.run / "run.json", lambda run: run["settings"]["network"]["reference"].update(pretrained_path=f"/home/{PLANTED}/w"))
-    edit(study.run / "run.json", lambda run: run["settings"]["training"].update(note=f"{PLANTED}, Kirschbaum", encoder_dir=PLANTED))
+    edit(
+        study.run / "run.json", lambda run: run["settings"]["training"].update(note=f"{PLANTED}, Kirschbaum", encoder_dir=PLANTED)
+    )
     edit(study.run / "evaluation" / "metrics.json", plant)
     for row in (study.benchmark / "rows").iterdir():
         edit(row, plant)
@@ -139,6 +145,18 @@ def test_nothing_of_a_patient_leaves_the_records(study: Study, tmp_path: Path, c
     search.folder(tmp_path / "real")
     search.text(json.dumps(summary) + capsys.readouterr().out)
     assert search.found == [] and search.looked_at > 20
+
+
+def test_the_command_says_what_it_wrote_and_what_is_missing(study: Study, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from medaug.cli.options import app
+
+    arguments = ["evidence", str(study.accepted), "--cohort", str(study.cohort), "--out", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, arguments).stdout
+    assert "DATASET_CARD.md" in said and "Not there, so left blank: training run (--run)" in said and "license" in said
+    summary = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert set(summary["written"]) == {path.name for path in (tmp_path / "out").glob("[!.]*")}
 
 
 def test_a_folder_that_is_no_cohort_is_refused(tmp_path: Path) -> None:
