@@ -107,7 +107,7 @@ def croissant_json(records: Records, cases: str) -> str:
         DataError: `image-format` for files that are neither PNG nor NIfTI.
     """
     data = records.described
-    content = {
+    content: dict[str, Any] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": CONFORMS_TO,

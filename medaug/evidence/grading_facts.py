@@ -242,9 +242,8 @@ def class_imbalance(records: Records) -> str | None:
     """Whether the loss was balanced, and what the arms added to which class."""
     if not records.rows:
         return None
-    weighted = sorted({bool(row["key"]["recipe"].get("class_balanced")) for row in records.rows})
-    words = {(False,): "The loss was not weighted by class", (True,): "The loss was weighted by class"}
-    text = words.get(tuple(weighted), "The loss was weighted by class in some runs")
+    weighted = sum(bool(row["key"]["recipe"].get("class_balanced")) for row in records.rows)
+    text = f"In {weighted} of {counted(len(records.rows), 'training run')} the loss was weighted by the inverse frequency of the class"
     classes = records.rows[0]["key"]["classes"]
     added = {arm: _runs(records, arm)[0]["added_per_class"] for arm in arm_names(records)}
     parts = [f"{arm} {_per_class(classes, counts)}" for arm, counts in added.items() if any(counts)]
