@@ -36,7 +36,7 @@ def source_cohort(records: Records) -> str | None:
         return (
             f"Real cohort with content sha256 {records.real_sha256}; its folder was not given." if records.real_sha256 else None
         )
-    order = "ordered classes" if real.ordinal else "classes without an order"
+    order = "ordered classes" if real.ordinal else "unordered classes"
     modality = f", modality {real.modality}" if real.modality else ""
     return f"Cohort {real.name!r}{modality}, {order} {listed(real.classes)}; content sha256 {real.content_sha256}."
 
@@ -97,6 +97,9 @@ def split_level(records: Records) -> str | None:
     words = {"patient": "by patient", "column": "by the group column of the label table", "automatic": "by similarity of pixels"}
     how = ", ".join(f"{counted(int(count), 'image')} {words[name]}" for name, count in origins.items() if name in words)
     grouped = f" Groups were formed: {how}." if how else ""
+    unknown = int(origins.get("automatic", 0)) if origins else sum(not case.patient for case in real.cases())
+    if unknown:
+        grouped += f" For {counted(unknown, 'image')} no patient is known, so splits could share patients unnoticed."
     return f"Splits are disjoint by group (a patient, or images too alike to part); no group is in two splits.{grouped}"
 
 
@@ -119,7 +122,8 @@ def taken_in(records: Records) -> str | None:
         return None
     codes = listed(f"{code} {count}" for code, count in sorted(counts["quarantine"].items()))
     out = f" ({codes})" if codes else ""
-    return f"{counts['used']} of {counts['files']} files were used, {counts['quarantined']} left out{out}."
+    taken = f"{counted(counts['used'], 'image')} taken in from {counted(counts['files'], 'file')}"  # an archive holds many images
+    return f"{taken}, {counts['quarantined']} left out{out}."
 
 
 def missing_data(records: Records) -> str | None:

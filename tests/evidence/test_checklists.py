@@ -49,7 +49,7 @@ def test_every_item_appears_once_in_both_files(study: Study, tmp_path: Path) -> 
 def test_answers_hold_the_figures_of_the_benchmark(study: Study, tmp_path: Path) -> None:
     write_evidence(study.accepted, tmp_path, **study.options)
     claim, tripod = sections(tmp_path / "checklists.md").values()
-    assert "188" not in claim["20"] and "20 images by patient" in claim["20"]
+    assert "188" not in claim["20"] and "20 images by patient" in claim["20"] and "unnoticed" not in claim["20"]
     assert claim["12"] == "Nothing was imputed. Of 22 rows of labels 1 had no image, and 0 images had no row; both were left out."
     assert "kappa (quadratic weights) 0.250" in claim["18"]
     assert "training 60%, validation 20%, test 20%" in claim["19"] and "seed 3" in claim["19"]
@@ -79,6 +79,14 @@ def test_without_a_benchmark_its_items_are_blank(study: Study, tmp_path: Path) -
     for name in NUMBERS:
         assert without["checklists"][name]["blank"] > with_all["checklists"][name]["blank"]
         assert sum(without["checklists"][name].values()) == len(NUMBERS[name])
+
+
+def test_a_split_without_patients_says_so(study: Study, tmp_path: Path) -> None:
+    path = study.cohort / "cohort.json"
+    path.write_text(path.read_text().replace('"patient": 20', '"automatic": 20'))
+    write_evidence(study.cohort, tmp_path)
+    claim = sections(tmp_path / "checklists.md")["CLAIM 2024"]
+    assert "For 20 images no patient is known, so splits could share patients unnoticed." in claim["20"]
 
 
 def test_names_cannot_break_the_pages(study: Study, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_responsible_ai_fields_come_from_records(study: Study, tmp_path: Path) -
     write_evidence(study.accepted, tmp_path / "less")
     metadata = mlcroissant.Dataset(str(tmp_path / "all" / "croissant.json")).metadata
     assert "6 of 6 images are synthetic" in metadata.data_collection and "guided_ddpm" in metadata.data_collection
-    assert metadata.data_collection_missing_data.startswith("20 of 23 files were used")
+    assert metadata.data_collection_missing_data.startswith("20 images taken in from 23 files")
     assert "simple_cnn" in metadata.machine_annotation_tools[0] and "1 suspect" in metadata.personal_sensitive_information[0]
     assert "Not for diagnosis" in metadata.data_use_cases[0]
     less = json.loads((tmp_path / "less" / "croissant.json").read_text())

@@ -46,7 +46,7 @@ def test_the_dataset_card_says_the_numbers_of_the_records(study: Study, tmp_path
     assert (
         card["sizes"] == "Real data: training 12 images of 6 groups, validation 4 images of 2 groups, test 4 images of 2 groups."
     )
-    assert card["taken in"] == "20 of 23 files were used, 3 left out (conflicting-label 1, image-unreadable 2)."
+    assert card["taken in"] == "20 images taken in from 23 files, 3 left out (conflicting-label 1, image-unreadable 2)."
     assert "pixel spacing 0.5 to 1.4 mm; slice thickness 2.5 mm; format DICOM (20)" in card["acquisition"]
     assert "-1350 and 150 Hounsfield units" in card["format"] and "1 suspect stayed in" in card["identity"]
     assert "0123456789abcdef" * 4 in card["origin"] and "c" * 64 in card["origin"] and "seed 7" in card["origin"]
