@@ -68,8 +68,8 @@ def pseudo_label(context: GateContext, cases: Sequence[Case]) -> list[Finding]:
 CHECKS: dict[str, Check] = {
     "usable": usable,
     "pseudo_label": pseudo_label,
-    "judge": judge,  # after pseudo_label, which may give an image another class
     "copies": copies,
+    "judge": judge,  # after pseudo_label, which may give an image another class
     "outliers": outliers,
     "real_fake": real_fake,
     "fidelity": fidelity,

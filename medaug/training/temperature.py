@@ -52,8 +52,8 @@ def expected_calibration_error(target: np.ndarray, probs: np.ndarray, num_bins: 
 def fit_temperature(logits: Tensor | np.ndarray, target: Sequence[int] | np.ndarray) -> float:
     """The temperature in [`LOWEST`, `HIGHEST`] with the smallest negative log-likelihood.
 
-    A golden-section search on its logarithm. The loss is convex in 1/T, so it has one minimum; argmax, and so accuracy and agreement, do not change. Where no temperature
-    does better than 1 on these images, it is 1.
+    A golden-section search on its logarithm. The loss is convex in 1/T, so it has one minimum; argmax, and so accuracy and
+    agreement, do not change. Where no temperature does better than 1 on these images, it is 1.
     """
 
     def loss(log_temperature: float) -> float:

@@ -14,11 +14,11 @@ from medaug.quality.label_issues import class_thresholds, confident_issues, labe
 
 
 def noisy(seed: int, n: int = 90, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of which every fifth is wrong, and probabilities that mostly know the true class; every class occurs."""
+    """Labels of which every seventh is wrong, and probabilities that mostly know the true class; every class occurs."""
     draw = np.random.default_rng(seed)
     truth = np.arange(n) % k
     logits = 2.5 * np.eye(k)[truth] + draw.standard_normal((n, k))
-    labels = np.where(np.arange(n) % 5 == 0, (truth + draw.integers(1, k, n)) % k, truth)
+    labels = np.where(np.arange(n) % 7 == 0, (truth + draw.integers(1, k, n)) % k, truth)
     return labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
