@@ -182,7 +182,8 @@ def train_filter(
         recipe: None takes `default_recipe`.
         network: a name of `medaug.networks.grading`.
         seed: decides weights, order and augmentation.
-        calibrate: divide the logits by the temperature that was fitted on validation. The facts always say what it would do.
+        calibrate: divide the logits by the temperature that was fitted on validation, unless that is at its lower bound. The facts
+            always say what it would do.
         report_test: add accuracy on the test split to the facts.
         device: for training and prediction.
         on_eval: called with each validation result.
@@ -209,7 +210,9 @@ def train_filter(
         logits = predict_logits(module, CaseImages(cohort, cohort.test))
         facts["test"] = _scores(logits, cohort.test, len(cohort.classes))
         storage.write_json(home / "filter.json", facts)
-    temperature = float(facts["calibration"]["temperature"]) if calibrate else 1.0
+    fitted = facts["calibration"]
+    # At its bound the temperature would make every confidence 1 and the threshold void.
+    temperature = float(fitted["temperature"]) if calibrate and not fitted["at_lowest"] else 1.0
     facts = {**facts, "temperature": temperature}
     return LabelFilter(module.eval(), cohort.classes, temperature, tuple(facts["fit_groups"]), facts, cached)
 

@@ -76,6 +76,7 @@ class Calibration:
         temperature: with the smallest negative log-likelihood.
         nll_before, nll_after: mean negative log-likelihood at temperature 1 and at `temperature`, in nats.
         ece_before, ece_after: expected calibration error in `CALIBRATION_BINS` bins, in [0, 1].
+        at_lowest: the fit ran into `LOWEST`: hardly an error is among the images, so they cannot say how sure is too sure.
     """
 
     n: int
@@ -84,6 +85,7 @@ class Calibration:
     nll_after: float
     ece_before: float
     ece_after: float
+    at_lowest: bool
 
 
 def measure_calibration(logits: Tensor | np.ndarray, target: Sequence[int] | np.ndarray) -> Calibration:
@@ -92,4 +94,4 @@ def measure_calibration(logits: Tensor | np.ndarray, target: Sequence[int] | np.
     fitted = fit_temperature(logits, classes)
     nll = [negative_log_likelihood(logits, classes, temperature) for temperature in (1.0, fitted)]
     ece = [expected_calibration_error(classes, softmax(logits, temperature)) for temperature in (1.0, fitted)]
-    return Calibration(len(classes), fitted, *nll, *ece)
+    return Calibration(len(classes), fitted, *nll, *ece, at_lowest=fitted < 1.001 * LOWEST)

@@ -40,7 +40,7 @@ def test_report_shows_the_matrix_beside_that_of_real_images(scene):
     assert np.sum(facts["validation"]["confusion"]) == facts["validation"]["n"] == len(real.validation)
     assert facts["agreement"] == np.trace(facts["confusion"]) / np.sum(facts["confusion"])
     html = (root / "out" / "report.html").read_text()
-    assert "Independent judge" in html and "Real validation images: class (rows)" in html
+    assert "Independent judge" in html and "Real validation: class (rows)" in html
 
 
 def test_wrong_labels_are_held_back(scene):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +116,14 @@ def test_calibration_changes_confidence_and_no_label(tmp_path, make_cohort):
     before, after = (made.judge(cohort, cohort.validation, 0.0) for made in (plain, calibrated))
     assert [seen.label for seen in before] == [seen.label for seen in after]
     assert [seen.confidence for seen in before] != [seen.confidence for seen in after]
+
+
+def test_a_temperature_at_its_bound_is_not_applied(tmp_path, make_cohort, monkeypatch):
+    cohort = make_cohort(tmp_path / "c", per_class=10, size=8)
+    faultless = lambda network, images: 5 * torch.eye(3)[[case.label for case in images.cases]]  # noqa: E731
+    monkeypatch.setattr(pseudo_label, "predict_logits", faultless)
+    made = train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=True)
+    assert made.facts["calibration"]["at_lowest"] and made.temperature == 1
 
 
 def test_calibration_without_validation_is_refused(tmp_path, make_cohort):

@@ -35,6 +35,7 @@ def test_temperature_is_recovered(temperature):
 
 def test_temperature_stays_in_its_bounds():
     assert fit_temperature(np.eye(3) * 5, [0, 1, 2]) == pytest.approx(LOWEST, rel=1e-3)  # a network without an error
+    assert measure_calibration(np.eye(3) * 5, [0, 1, 2]).at_lowest
     assert fit_temperature(np.eye(3) * 5, [1, 2, 0]) == pytest.approx(HIGHEST, rel=1e-3)  # and one that is always wrong
 
 
@@ -76,4 +77,4 @@ def test_calibration_error_by_hand():
 def test_an_overconfident_network_is_made_honest():
     logits, labels = calibrated(2, 4000)
     found = measure_calibration(4 * logits, labels)
-    assert found.n == 4000 and found.ece_before > 0.1 and found.ece_after < 0.03
+    assert found.n == 4000 and not found.at_lowest and found.ece_before > 0.1 and found.ece_after < 0.03
