@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medaug import __version__, cli, workflow
+from medaug import __version__, cli, stages, workflow
 from medaug.errors import ConfigError, DataError, LeakageError, MedaugError, MissingDependencyError, StorageError
 
 
@@ -143,6 +143,17 @@ def test_generate_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch
     overrides = calls[0][3]
     assert (overrides["counts"], overrides["allocation"], overrides["synthetic_per_real"]) == ([1, 2], "balance", 1.5)
     assert json.loads(capsys.readouterr().out)["per_class"] == {"a": 1, "b": 2}
+
+
+def test_labels_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    part = {"issues": 3, "n": 40, "agreement": 0.875}
+    monkeypatch.setattr(stages, "check_labels", lambda *args, **options: calls.append((args, options)) or {"parts": {"training": part}})
+    arguments = ("--folds", "4", "--network", "resnet18", "--profile", "tiny", "--seed", "2", "--synthetic", "s")
+    assert run(monkeypatch, "labels", "c", "--out", "o", *arguments) == 0
+    options = {"network": "resnet18", "folds": 4, "synthetic": Path("s"), "profile": "tiny", "seed": 2}
+    assert calls == [((Path("c"), Path("o")), options)]
+    assert "training: 3 of 40 labels look wrong; networks agree with 88%" in capsys.readouterr().out
 
 
 def test_overlays_reach_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

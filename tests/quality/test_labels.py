@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,13 @@ def test_a_class_without_real_images_is_refused(tmp_path, make_cohort, untrained
     write_cohort(cohort.with_cases(training=[case for case in cohort.training if case.label]), tmp_path / "c")
     with pytest.raises(DataError, match="class-empty.*class0"):
         run_labels(tmp_path / "c", tmp_path / "out", recipe=QUICK, num_folds=2)
+
+
+def test_without_cleanlab_nothing_is_trained(tmp_path, make_cohort, untrained, monkeypatch):
+    make_cohort(tmp_path / "c")
+    monkeypatch.setitem(sys.modules, "cleanlab.count", None)
+    with pytest.raises(ConfigError, match="labels-not-installed"):
+        run_labels(tmp_path / "c", tmp_path / "out", recipe=QUICK)
 
 
 def test_wrong_folders_are_refused(tmp_path, make_cohort, untrained):
