@@ -92,6 +92,12 @@ def measure_calibration(logits: Tensor | np.ndarray, target: Sequence[int] | np.
     """Fit a temperature to logits (N, K) of held-out images and their classes (N,); measure both errors before and after."""
     classes = np.asarray(target)
     fitted = fit_temperature(logits, classes)
-    nll = [negative_log_likelihood(logits, classes, temperature) for temperature in (1.0, fitted)]
-    ece = [expected_calibration_error(classes, softmax(logits, temperature)) for temperature in (1.0, fitted)]
-    return Calibration(len(classes), fitted, *nll, *ece, at_lowest=fitted < 1.001 * LOWEST)
+    return Calibration(
+        n=len(classes),
+        temperature=fitted,
+        nll_before=negative_log_likelihood(logits, classes),
+        nll_after=negative_log_likelihood(logits, classes, fitted),
+        ece_before=expected_calibration_error(classes, softmax(logits)),
+        ece_after=expected_calibration_error(classes, softmax(logits, fitted)),
+        at_lowest=fitted < 1.001 * LOWEST,
+    )
