@@ -144,10 +144,10 @@ def run_labels(
     """
     load_cleanlab()
     out = Path(out)
-    if out.resolve() in {Path(folder).resolve() for folder in (cohort_dir, synthetic_dir) if folder is not None}:
-        raise ConfigError("out-is-input", "--out must be another folder than the cohort and the synthetic cohort.")
     real = read_cohort(cohort_dir, verify=True)
     synthetic = None if synthetic_dir is None else _synthetic(Path(synthetic_dir), real)
+    if any(cohort.root and out.resolve() == cohort.root.resolve() for cohort in (real, synthetic) if cohort):
+        raise ConfigError("out-is-input", "--out must be another folder than the cohort and the synthetic cohort.")
     if len(real.classes) < 2:
         raise DataError("labels-one-class", "A label is only in doubt where there is another class; this cohort has one class.")
     cases = real_training(real)
