@@ -37,10 +37,10 @@ from medaug.grading.verdict import primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress
 from medaug.quality.checks import CHECKS
-from medaug.quality.pseudo_label import softmax
 from medaug.stages import gate_synthetic
 from medaug.training.classifier import fit_classifier, predict_logits, seeded
 from medaug.training.data import CaseImages
+from medaug.training.temperature import softmax
 from medaug.workflow import load_config, run_stage
 
 RESULT_FILE = "feedback.json"

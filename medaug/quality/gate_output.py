@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 GATE_NAME = "gate.json"
 UNLABELLED = "unlabelled"
-FITTED = {"outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
+FITTED = {"judge", "outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
 _FILTER_FACTS = (
-    "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "recipe", "seed",
+    "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "calibration", "recipe",
+    "seed",
 )  # fmt: skip
 
 __all__ = ["log_gate", "summary_of", "write_accepted", "write_unlabelled", "write_verdicts"]
@@ -166,6 +167,8 @@ def _write_cases(
             lineage.setdefault("intended_label", verdict.case.label)
         if "pseudo_label" in names:
             lineage["filter_sha256"] = context.label_filter.facts["weights_sha256"]
+        if "judge" in names:
+            lineage["judge_sha256"] = context.reports["judge"]["weights_sha256"]
         image = f"images/{verdict.case.id}.png"
         cases.append(replace(verdict.case, image=image, label=verdict.label, lineage=lineage))
     outside = set().union(*unions.values()) - context.cohort.groups("training") if unions else set()
