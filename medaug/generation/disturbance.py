@@ -81,7 +81,7 @@ def disturbance_plan(
         LeakageError: a held-out case among `seeds`; a synthetic cohort whose generator saw a held-out group.
     """
     if source is None:
-        raise ConfigError("source-missing", "Nothing names the images to disturb: set source to generated, real or a folder.")
+        raise ConfigError("disturb-source", "Nothing names the images to disturb: set source to generated, real or a folder.")
     if (source == REAL or seeds is not None) and allocation is None:
         allocation = "proportional"  # balancing would take images of small classes twice
     if seeds is not None and source in (GENERATED, REAL):

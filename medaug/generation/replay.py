@@ -81,7 +81,12 @@ def replay_settings(generation: Generation, device: str) -> dict[str, Any]:
 
     Raises:
         DataError: a value that a config would evaluate (code `replay-record-malformed`).
+        ConfigError: a device that this machine lacks (code `replay-device`).
     """
+    if device not in (there := {"cpu", *(["cuda"] * torch.cuda.is_available()), *(["mps"] * torch.backends.mps.is_available())}):
+        raise ConfigError(
+            "replay-device", f"The images were made on {device!r}, this machine has {', '.join(sorted(there))}; replay them there."
+        )
     try:
         knobs = {name: PARTS.get(refuse_code(name), refuse_code)(value) for name, value in generation.knobs.items()}
     except (TypeError, ValueError) as error:

@@ -183,7 +183,7 @@ def test_another_cohort_is_refused(made: Made, cohort: Cohort, tmp_path: Path) -
     ("name", "kept", "code"),
     [
         ("autoguidance", (), "setting-unknown.*run_dir"),
-        ("disturbance, finished stage 1", (), "source-missing"),
+        ("disturbance, finished stage 1", (), "disturb-source"),
         ("stable_diffusion", ("--set", "run_dir=null"), "model-missing"),
     ],
 )
@@ -229,6 +229,11 @@ def test_nothing_in_a_record_is_evaluated(value: Any) -> None:
             replay_settings(Generation("dagan", None, knobs), "cpu")
     plain = {"a": [1, 2.5, None, True, "karras"], "b": {}}
     assert replay_settings(Generation("dagan", None, {"x": plain}), "cpu")["x"] == plain
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="replay-device.*xpu.*cpu"):
+        replay_settings(Generation("dagan", None, {}), "xpu")
 
 
 @pytest.mark.parametrize(
