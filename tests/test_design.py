@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "medaug"
 
 BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress"})  # "" is the package itself: its version
-LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts"}
+LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts", "replay_record"}
 MIDDLE = LOWER | {"diffusion", "training", "quality", "intake", "tracking"}
 UPPER = MIDDLE | {"generation", "grading", "phantom", "assets"}
 # Room -> rooms that it may import. A room not named here fails the test: give it a place first.
@@ -27,6 +27,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "cohort": BASE,
     "splits": BASE,
     "prompts": BASE - {"cohort"},
+    "replay_record": BASE - {"cohort"},
     "assets": BASE,
     "io": BASE | {"io"},
     "transforms": BASE | {"io", "transforms"},

@@ -23,6 +23,7 @@ from medaug.cli import (  # noqa: F401 - registers their commands
     labels,
     pacs,
     readers,
+    replay,
     stages,
     sweep,
 )

@@ -19,6 +19,7 @@ from medaug.quality.copy_ruler import real_cases
 from medaug.quality.fidelity import Estimate, kid
 from medaug.quality.report import class_sheets, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
+from medaug.replay_record import carry_record
 
 if TYPE_CHECKING:
     from medaug.tracking import Run
@@ -175,6 +176,7 @@ def _write_cases(
     if outside:
         raise LeakageError("fit-on-held-out", f"The generator or filter saw {len(outside)} group(s) outside the training split.")
     _place(context.synthetic, [verdict.case for verdict in verdicts], out, "images")
+    carry_record([context.synthetic.root], out)
     notes = {**context.synthetic.notes, "generated_by": dict(context.synthetic.created_by)}
     name = f"{context.synthetic.name} {what}"
     cohort = replace(context.synthetic, name=name, training=tuple(cases), fit_on=unions, created_by=made, notes=notes, root=out)
