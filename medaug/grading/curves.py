@@ -126,7 +126,7 @@ def _draw(
     if middle == "difference":
         axis.axhline(0, color="black", linewidth=0.8)
     for index, (base, curve) in enumerate(curves.items()):
-        shown = [point for point in curve if point[middle] is not None]
+        shown = [point for point in curve if point[middle] is not None and (not low or point[low] is not None)]
         shift = 0.36 * ((index + 0.5) / len(curves) - 0.5)
         x = [place(point) + shift for point in shown]
         y = [point[middle] for point in shown]

@@ -15,7 +15,7 @@ from medaug.grading.rows import Row
 from medaug.grading.verdict import BASELINE, METRIC_LABELS
 
 VERDICT_COLOURS = {"helps": "#1a7f37", "harms": "#b42318", "no evidence": "#57606a"}
-_MOST_ANNOTATED = 12  # classes whose cells have room for numbers
+_MOST_ANNOTATED = 20  # classes; beyond, colours alone
 _NAME_WIDTH = 26
 
 __all__ = ["VERDICT_COLOURS", "comparison_figure", "confusion_figure", "forest_figure", "new_figure", "png"]
@@ -64,7 +64,7 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
     scores.set(
         yticks=range(len(arms)), yticklabels=arms, xlabel=f"{label} on the test split; bar = mean over seeds", title="Scores"
     )
-    scores.invert_yaxis()
+    scores.set_ylim(len(arms) - 0.5, -0.5)
     differences.axvline(0, color="black", linewidth=0.8)
     differences.set(
         xlabel=f"{label}: arm − {BASELINE}, 95 % interval over test groups", title="Differences (thick: all networks together)"
@@ -99,7 +99,7 @@ def forest_figure(verdict: Mapping[str, Any], metric: str) -> Figure:
             _forest(line[1], f"{arm} − {names['control']}", entry["per_network_control"], entry["against_control"], entry)
         elif columns == 2:
             line[1].set_axis_off()
-            line[1].text(0.5, 0.5, "has no control to be compared with", ha="center", transform=line[1].transAxes, color="#57606a")
+            line[1].text(0.5, 0.5, f"no control for {arm}", ha="center", transform=line[1].transAxes, color="#57606a")
     last = len(networks)
     panels[0][0].set(ylim=(last + 0.6, -0.6), yticks=range(last + 1), yticklabels=[*networks, "all networks"])
     figure.supxlabel(f"difference in {METRIC_LABELS[metric]} on the test split, 95 % interval", fontsize=10)
@@ -135,7 +135,7 @@ def _numbers(result: Mapping[str, Any]) -> str:
 def confusion_figure(rows: Sequence[Row], arms: Iterable[str], classes: Sequence[str]) -> Figure:
     """How the real test images of each class were called, by arm: shares of the class, and mean number of images per run."""
     counts = {arm: mean_confusion(rows, arm) for arm in arms}
-    columns = min(3, len(counts))
+    columns = min(3 if len(classes) <= 8 else 2, len(counts))
     lines = math.ceil(len(counts) / columns)
     size = max(2.4, 0.6 * len(classes))
     figure = new_figure((size + 0.4) * columns + 3.2, (size + 0.4) * lines + 1.4)
@@ -165,7 +165,7 @@ def _short(text: str, width: int) -> str:
 
 
 def _annotate(axis: Any, matrix: np.ndarray, shares: np.ndarray) -> None:
-    """Share and count in every cell, if there is room."""
+    """Share and count in every cell, where there are not too many."""
     if len(matrix) > _MOST_ANNOTATED:
         return
     for (truth, called), count in np.ndenumerate(matrix):
