@@ -1,8 +1,10 @@
 """One arm at several mixing ratios and fractions of the real images: its variants, what each is compared with, and the choice.
 
 The ratio is an amount that somebody has to choose, so it is chosen on validation, like every other setting, and the verdict
-speaks about the chosen one alone. The test images play no part in the choice, so it costs the test nothing: the arm enters the
-verdict, and Holm's correction, once. The other ratios are shown and carry no verdict. The fraction of the real images is no
+speaks about the chosen one alone. The test images play no part in the choice, so the arm enters the verdict, and Holm's
+correction, once. The choice does prefer runs that were lucky in training, and the test meets the same runs: the difference of a
+chosen ratio is somewhat flattered, while false verdicts stay as rare as they were (`test_verdict_simulation.py`).
+The other ratios are shown and carry no verdict. The fraction of the real images is no
 setting but a question, so nothing is chosen: the verdict is that of the largest fraction, smaller ones show how the
 result depends on it.
 """
