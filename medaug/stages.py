@@ -159,10 +159,10 @@ def grade_arms(
         else list(networks)
     )
     real = read_cohort(cohort)
-    settings = {"networks": names, "seeds": seeds, "profile": profile, "synthetic_per_real": synthetic_per_real}
+    settings: dict[str, Any] = {"networks": names, "seeds": seeds, "profile": profile, "synthetic_per_real": synthetic_per_real}
     settings |= {"real_fraction": real_fraction, "allocation": allocation}
-    same_work = [str(Path(out).resolve()), real.content_sha256, list(arms), list(sources), settings, dict(overrides or {})]
-    same_work += [dict(amst or {}), {name: str(path) for name, path in (pretrained or {}).items()}]
+    same_work: list[Any] = [str(Path(out).resolve()), real.content_sha256, list(arms), list(sources), settings]
+    same_work += [dict(overrides or {}), dict(amst or {}), {key: str(path) for key, path in (pretrained or {}).items()}]
     name = f"grading {storage.sha256_json([names, seeds, profile])[:8]}"
     where = dict(tracking or {"enabled": False})
     with track("grading", name=name, same_work=storage.sha256_json(same_work), **where) as run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -82,10 +82,9 @@ def mixing_figure(points: Sequence[Point], metric: str) -> Figure | None:
     for line, part in zip(panels, fractions, strict=True):
         curves = {base: mixing_curve(points, base, part) for base in bases}
         ticks = sorted({point["per_real"] for curve in curves.values() for point in curve})
-        where = {tick: place for place, tick in enumerate(ticks)}
         suffix = "" if part is None else f", {part:g} of the real images"
         for axis, values, title in zip(line, _COLUMNS, ("validation: the choice", "test", "test, minus none"), strict=True):
-            _draw(axis, curves, values, lambda point, where=where: where[point["per_real"]])  # type: ignore[misc]
+            _draw(axis, curves, values, "per_real", ticks)
             axis.set(title=f"{title}{suffix}", xticks=range(len(ticks)), xticklabels=[f"{tick:g}" for tick in ticks])
     figure.supxlabel("synthetic images per real one; 0 = none; star: the ratio chosen on validation", fontsize=10)
     return _finish(figure, panels, metric)
@@ -101,7 +100,7 @@ def learning_figure(points: Sequence[Point], metric: str) -> Figure | None:
     panels = figure.subplots(1, 2, squeeze=False, sharex=True)
     curves = {base: learning_curve(points, base) for base in bases}
     for axis, values, title in zip(panels[0], _COLUMNS[1:], ("test", "test, minus none at the same fraction"), strict=True):
-        _draw(axis, curves, values, lambda point: ticks.index(point["real_fraction"]), star=False)
+        _draw(axis, curves, values, "real_fraction", ticks, star=False)
         axis.set(title=title, xticks=range(len(ticks)), xticklabels=[f"{tick:g}" for tick in ticks])
     figure.supxlabel("fraction of the real training images", fontsize=10)
     return _finish(figure, panels, metric)
@@ -118,7 +117,8 @@ def _draw(
     axis: Any,
     curves: Mapping[str, Sequence[Point]],
     values: tuple[str, str, str],
-    place: Callable[[Point], float],
+    amount: str,
+    ticks: Sequence[float],
     star: bool = True,
 ) -> None:
     """Every curve beside the others, so that no interval hides another."""
@@ -128,7 +128,7 @@ def _draw(
     for index, (base, curve) in enumerate(curves.items()):
         shown = [point for point in curve if point[middle] is not None and (not low or point[low] is not None)]
         shift = 0.36 * ((index + 0.5) / len(curves) - 0.5)
-        x = [place(point) + shift for point in shown]
+        x = [ticks.index(point[amount]) + shift for point in shown]
         y = [point[middle] for point in shown]
         colour = f"C{index % 10}"
         if low:

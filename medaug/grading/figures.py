@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from medaug.grading.rows import Row
 from medaug.grading.verdict import BASELINE, METRIC_LABELS
@@ -21,9 +22,9 @@ _NAME_WIDTH = 26
 __all__ = ["VERDICT_COLOURS", "comparison_figure", "confusion_figure", "forest_figure", "new_figure", "png"]
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that needs no display."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
+    """An empty figure, in inches, with `pad` around every panel, that needs no display."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=pad, w_pad=pad))
     FigureCanvasAgg(figure)
     return figure
 
@@ -89,8 +90,7 @@ def forest_figure(verdict: Mapping[str, Any], metric: str) -> Figure:
     """Every network's difference with its interval, and that of all networks: left against `none`, right against the control."""
     networks = list(next(iter(verdict.values()))["per_network"])
     columns = 2 if any(entry["against_control"] for entry in verdict.values()) else 1
-    figure = new_figure(6.5 * columns + 1, 0.6 + len(verdict) * (1.0 + 0.24 * (len(networks) + 1)))
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr, call-arg]
+    figure = new_figure(6.5 * columns + 1, 0.6 + len(verdict) * (1.0 + 0.24 * (len(networks) + 1)), pad=0.1)
     panels = figure.subplots(len(verdict), columns, squeeze=False, sharex=True, sharey=True)
     for line, (arm, entry) in zip(panels, verdict.items(), strict=True):
         names = entry["opponents"]

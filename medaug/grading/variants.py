@@ -134,7 +134,8 @@ def choose(arms: Sequence[Arm], rows: Sequence[Row], metric: str) -> list[Choice
     choices = []
     for (base, part), variants in places.items():
         scores = {arm.variant.per_real or 0.0: _on_validation(rows, arm.name, metric) for arm in variants}
-        best = max(sorted(scores), key=lambda ratio: -np.inf if scores[ratio] is None else scores[ratio])
+        known = {ratio: score for ratio, score in sorted(scores.items()) if score is not None}
+        best = max(known, key=known.__getitem__, default=min(scores))
         name = next(arm.name for arm in variants if arm.variant.per_real == best)
         choices.append(Choice(base, name, best, part, scores))
     return choices

@@ -51,7 +51,7 @@ class Opponents:
 
     def names(self) -> set[str]:
         """The arms that there are."""
-        return {self.baseline, self.control, self.views} - {None}  # type: ignore[return-value]
+        return {name for name in (self.baseline, self.control, self.views) if name is not None}
 
 
 def primary_metric(ordinal: bool) -> str:
