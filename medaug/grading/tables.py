@@ -65,7 +65,8 @@ def _wins(network: str, entry: Mapping[str, Any] | None) -> dict[str, int | None
 def _of_seed(runs: Sequence[Row], seed: int, split: str, metric: str) -> float | None:
     """The mean over networks; None where one of them has no value."""
     values = [run[split]["metrics"][metric] if run[split] else None for run in runs if run["seed"] == seed]
-    return None if None in values else float(np.mean(values))
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _mean_and_spread(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
