@@ -21,13 +21,15 @@ from medaug import __version__
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Call", "Delivery", "Session", "start"]
+__all__ = ["SAME_WORK", "Call", "Delivery", "Session", "start"]
 
 MAX_FAILURES = 3
 QUEUE_SIZE = 256  # records waiting; bounds the memory that images in the queue hold
 QUEUE_SECONDS = 1.0  # longest wait of the work for a place in a full queue, once
 PATIENCE_SECONDS = 8.0  # at the end of a run: longest wait without any progress
 FIRST_USE_SECONDS = 60.0  # the same while MLflow makes the tables of a new database
+
+SAME_WORK = "medaug.same_work"  # tag of a run that is continued when its work is
 
 _VIEW = {"mlflow.experimentKind": "custom_model_development"}  # the kind the user interface knows for model training
 
@@ -163,8 +165,8 @@ class _Quiet(logging.Filter):
 _quiet = _Quiet()
 
 
-def start(stage: str, name: str, experiment: str, uri: str, note: str) -> Delivery | None:
-    """Start the thread of a new run; None if MLflow cannot be imported."""
+def start(stage: str, name: str, experiment: str, uri: str, note: str, same_work: str = "") -> Delivery | None:
+    """Start the thread of a run, see `medaug.tracking.track`; None if MLflow cannot be imported."""
     # Set before the import: MLflow reads some of them then. A user's own values win.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -184,7 +186,7 @@ def start(stage: str, name: str, experiment: str, uri: str, note: str) -> Delive
         "mlflow.note.content": note or f"medaug {stage}: {name}",
         "mlflow.source.name": "medaug",
         "mlflow.source.type": "LOCAL",
-    }
+    } | ({SAME_WORK: same_work} if same_work else {})
     delivery = Delivery(uri, experiment, name, tags)
     delivery.start()
     return delivery
@@ -197,9 +199,28 @@ def _open(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> Sess
         client = MlflowClient(tracking_uri=uri)
         experiment_id = _experiment_id(client, experiment, uri)
         _end_dead_runs(client, experiment_id)
-    run = client.create_run(experiment_id, run_name=name, tags=dict(tags))
-    _live.add(run.info.run_id)
-    return Session(client, uri, experiment_id, run.info.run_id)
+        run_id = _continued(client, experiment_id, tags)
+    if run_id is None:
+        run_id = client.create_run(experiment_id, run_name=name, tags=dict(tags)).info.run_id
+    _live.add(run_id)
+    return Session(client, uri, experiment_id, run_id)
+
+
+def _continued(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> str | None:
+    """An earlier run of the same work, open again; None if there is none, or another process still writes it."""
+    if SAME_WORK not in tags:
+        return None
+    found = client.search_runs([experiment_id], f"tags.`{SAME_WORK}` = '{tags[SAME_WORK]}' and attributes.status != 'RUNNING'")
+    if not found:
+        return None
+    run_id = str(found[0].info.run_id)
+    _live.add(run_id)
+    client.update_run(run_id, status="RUNNING")
+    for key, value in tags.items():
+        client.set_tag(run_id, key, value)
+    if "medaug.error" in found[0].data.tags:
+        client.delete_tag(run_id, "medaug.error")
+    return run_id
 
 
 @contextmanager

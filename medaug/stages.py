@@ -156,10 +156,10 @@ def grade_arms(
     seeds: int = 3,
     profile: str = "cpu32",
     command: str = "",
-    synthetic_per_real: float | None = None,
+    synthetic_per_real: float | Sequence[float] | None = None,
     allocation: str = "as_generated",
     amst: Mapping[str, Any] | None = None,
-    real_fraction: float = 1.0,
+    real_fraction: float | Sequence[float] = 1.0,
     sources: Sequence[str] = (),
     allow_untrusted: bool = False,
     overrides: Mapping[str, Any] | None = None,
@@ -169,8 +169,12 @@ def grade_arms(
     ray_address: str | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`medaug grade`: measure the arms, tracked as a run of its own. See `medaug.grading.grade.grade`."""
+    """`medaug grade`: measure the arms, tracked as a run with one nested run per cell. See `medaug.grading.grade.grade`.
+
+    Grading again into the same folder with the same settings continues the run of before, which then holds every cell once.
+    """
     from medaug.grading.grade import grade
+    from medaug.grading.report import CURVES, FIGURES, TABLES
 
     names = (
         networks
@@ -179,11 +183,16 @@ def grade_arms(
         if isinstance(networks, str)
         else list(networks)
     )
-    with track(
-        "grading", name=f"grading {storage.sha256_json([names, seeds, profile])[:8]}", **tracking or {"enabled": False}
-    ) as run:
-        run.log_params({"arms": [arm.split("=")[0] for arm in arms], "networks": names, "seeds": seeds, "profile": profile})
-        run.log_cohort(read_cohort(cohort), "grading")
+    real = read_cohort(cohort)
+    settings: dict[str, Any] = {"networks": names, "seeds": seeds, "profile": profile, "synthetic_per_real": synthetic_per_real}
+    settings |= {"real_fraction": real_fraction, "allocation": allocation}
+    same_work: list[Any] = [str(Path(out).resolve()), real.content_sha256, list(arms), list(sources), settings]
+    same_work += [dict(overrides or {}), dict(amst or {}), {key: str(path) for key, path in (pretrained or {}).items()}]
+    name = f"grading {storage.sha256_json([names, seeds, profile])[:8]}"
+    where = dict(tracking or {"enabled": False})
+    with track("grading", name=name, same_work=storage.sha256_json(same_work), **where) as run:
+        run.log_params({"arms": [arm.split("=")[0] for arm in arms], **settings})
+        run.log_cohort(real, "grading")
         result = grade(
             cohort,
             out,
@@ -208,7 +217,9 @@ def grade_arms(
         )
         run.log_table(result["rows"], "rows.json")
         run.log_dict(result["verdict"], "verdict.json")
+        run.log_metrics({f"{arm}/difference": entry["against_none"]["difference"] for arm, entry in result["verdict"].items()})
         run.log_dict({"failed": result["failed"]}, "failed.json")
-        for name in ("report.html", "comparison.png", "table.md"):
-            run.log_artifact(out / name)
+        for file in ("report.html", CURVES, *FIGURES, *TABLES):
+            if (out / file).is_file():
+                run.log_artifact(out / file)
         return result

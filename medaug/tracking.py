@@ -16,10 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from medaug import delivery
+from medaug import __version__, delivery
 from medaug.delivery import Call, Delivery, Session
 from medaug.errors import MedaugError
 
@@ -50,6 +51,7 @@ def track(
     params: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     note: str = "",
+    same_work: str = "",
     enabled: bool = True,
 ) -> Iterator[Run]:
     """Record the block as one MLflow run: FINISHED, FAILED on an exception, KILLED on Ctrl-C. Never raises by itself.
@@ -62,9 +64,10 @@ def track(
         params: knobs; nested mappings are joined by dots. Of a path only the last part is kept.
         config: the resolved configuration, stored as ``config.yaml``.
         note: the run's description in the user interface.
+        same_work: a sha256 that says what is done and where: an ended run with the same one is continued in the place of a new one.
         enabled: False records nothing.
     """
-    run = Run(delivery.start(stage, name, experiment, tracking_uri(uri), note) if enabled else None)
+    run = Run(delivery.start(stage, name, experiment, tracking_uri(uri), note, same_work) if enabled else None)
     run.log_params(params or {})
     if config:
         run.log_dict(config, "config.yaml")
@@ -190,6 +193,32 @@ class Run:
 
         self._send(prepare)
 
+    def log_child(
+        self,
+        name: str,
+        content: str,
+        *,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        curve: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ) -> None:
+        """A finished run nested under this one. If it is there with the same content, nothing is done.
+
+        Args:
+            name: of the child, the only one of this name under the run; an older one with other content goes to MLflow's trash.
+            content: sha256 of what it stands for.
+            params, metrics: its knobs and its final figures.  curve: (step, figures) in the course of it.
+        """
+        now = int(time.time() * 1000)
+
+        def prepare() -> Call:
+            knobs = [(_key(key), str(value)[:6000]) for key, value in _flatten(_plain(params))]
+            points = [*curve, (0, metrics)]
+            rows = [(_key(key), float(value), now, int(step)) for step, values in points for key, value in values.items()]
+            return lambda session: _log_child(session, name, content, knobs, rows)
+
+        self._send(prepare)
+
     def log_model(self, weights_path: Path, name: str, params: Mapping[str, Any] | None = None) -> None:
         """Weights as artifact under ``model/``, and a logged model that names their sha256."""
 
@@ -259,10 +288,33 @@ def _log_metrics(session: Session, rows: Sequence[tuple[str, float, int, int]]) 
         session.client.log_batch(session.run_id, metrics=[Metric(*row) for row in rows[start : start + 1000]])
 
 
+def _log_child(
+    session: Session, name: str, content: str, knobs: Sequence[tuple[str, str]], rows: Sequence[tuple[str, float, int, int]]
+) -> None:
+    kind = name.replace("'", "")  # a quotation mark would end the text of the query
+    wanted = f"tags.`mlflow.parentRunId` = '{session.run_id}' and tags.`medaug.child` = '{kind}'"
+    for found in session.client.search_runs([session.experiment_id], wanted):
+        if found.info.status == "FINISHED" and found.data.tags.get("medaug.content") == content:
+            return
+        session.client.delete_run(found.info.run_id)  # of other content, or cut off while it was written
+    tags = {"mlflow.parentRunId": session.run_id, "medaug.child": kind, "medaug.content": content}
+    tags |= {"medaug.version": __version__, "mlflow.source.name": "medaug", "mlflow.source.type": "LOCAL"}
+    run = session.client.create_run(session.experiment_id, run_name=name, tags=tags)
+    child = replace(session, run_id=run.info.run_id)
+    _log_params(child, knobs)
+    _log_metrics(child, rows)
+    session.client.set_terminated(child.run_id, "FINISHED")
+
+
 def _log_table(session: Session, table: list[dict[str, Any]], file: str) -> None:
     import pandas as pd
 
-    session.client.log_table(session.run_id, pd.DataFrame(table), file)
+    frame = pd.DataFrame(table)
+    if any(entry.path == file for entry in session.client.list_artifacts(session.run_id)):
+        # `log_table` would add the rows to those that the run holds from before it was continued.
+        session.client.log_text(session.run_id, frame.to_json(orient="split", index=False), file)
+    else:
+        session.client.log_table(session.run_id, frame, file)
 
 
 def _log_bytes(session: Session, data: bytes, name: str) -> None:

@@ -200,8 +200,9 @@ def test_refused_store_does_not_raise(tmp_path, caplog):
 
 def test_disabled_run_takes_everything_and_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with track("intake", name="off", enabled=False, params={"a": 1}) as run:
+    with track("intake", name="off", enabled=False, params={"a": 1}, same_work="w") as run:
         work(run)
+        run.log_child("cell", "sha", params={}, metrics={})
         run.log_artifact(tmp_path / "missing")
     assert (run.run_id, run.url, run.dropped) == (None, None, 0)
     assert not any(tmp_path.iterdir())
@@ -214,3 +215,48 @@ def test_uri_argument_then_environment_then_working_directory(tmp_path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert tracking_uri() == "http://server:5000"
     assert tracking_uri("sqlite:///x.db") == "sqlite:///x.db"
+
+
+def children_of(client, run_id: str):
+    return client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{run_id}'")
+
+
+def test_a_child_is_written_once_and_again_only_for_other_content(store, client):
+    def log(run, content, score):
+        curve = [(step, {"curve/loss": 1 / step}) for step in (1, 2)]
+        run.log_child("arm's net seed 0", content, params={"recipe": {"rate": 0.1}}, metrics={"test/accuracy": score}, curve=curve)
+
+    with track("grading", name="parent", uri=store) as run:
+        log(run, "a", 0.5)
+        log(run, "a", 0.9)  # the same content: nothing is done
+        run_id = run.run_id
+    (child,) = children_of(client, run_id)
+    assert (child.info.status, child.data.params, child.data.metrics["test/accuracy"]) == ("FINISHED", {"recipe.rate": "0.1"}, 0.5)
+    assert [point.step for point in client.get_metric_history(child.info.run_id, "curve/loss")] == [1, 2]
+    client.update_run(child.info.run_id, status="RUNNING")  # as if the process was killed while it was written
+    with track("grading", name="parent", uri=store) as other:
+        log(other, "a", 0.5)
+    assert len(children_of(client, run_id)) == 1  # another parent has its own
+    client.set_tag(run_id, "medaug.same_work", "w")
+    with track("grading", name="parent", uri=store, same_work="w") as run:
+        log(run, "a", 0.6)
+        log(run, "b", 0.7)
+        assert run.run_id == run_id
+    (child,) = children_of(client, run_id)
+    assert child.data.metrics["test/accuracy"] == 0.7 and child.data.tags["medaug.content"] == "b"
+
+
+def test_the_same_work_continues_its_run_and_its_tables(store, client):
+    with pytest.raises(DataError), track("grading", name="first try", uri=store, same_work="s" * 64) as run:
+        run.log_table([{"n": 1}], "rows")
+        run_id = run.run_id
+        raise DataError("image-unreadable", "No.")
+    assert client.get_run(run_id).data.tags["medaug.error"] == "image-unreadable"
+    with track("grading", name="second try", uri=store, same_work="s" * 64) as run:
+        run.log_table([{"n": 1}, {"n": 2}], "rows")
+        with track("grading", name="at the same time", uri=store, same_work="s" * 64) as other:
+            assert other.run_id not in (run_id, None)  # a run that is still written is left alone
+        assert run.run_id == run_id
+    again = client.get_run(run_id)
+    assert again.info.status == "FINISHED" and "medaug.error" not in again.data.tags
+    assert json.loads(Path(client.download_artifacts(run_id, "rows.json")).read_text())["data"] == [[1], [2]]

@@ -45,6 +45,20 @@ def numbers(text: str, count: int, option: str) -> tuple[float, ...]:
     return values
 
 
+def amounts(text: str, option: str) -> list[float]:
+    """One number or several, separated by commas.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            "option-malformed", f"{option} takes a number, or several separated by commas, got {text!r}."
+        ) from None
+
+
 def named(parts: Sequence[str], option: str) -> dict[str, str]:
     """NAME=TEXT as the command line writes it, each name once.
 

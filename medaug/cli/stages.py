@@ -16,6 +16,7 @@ from medaug.cli.options import (
     SeedOption,
     SetOption,
     TrackingOption,
+    amounts,
     app,
     named,
     show,
@@ -188,14 +189,21 @@ def grade(
     networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     profile: Annotated[str, typer.Option("--profile", help="Training recipe, the same for every arm.")] = "cpu32",
-    per_real: Annotated[float | None, typer.Option(help="Synthetic images per real one; default: all.")] = None,
+    per_real: Annotated[
+        str | None,
+        typer.Option(help="Synthetic images per real one; default: all. Of several, such as 0.5,1,2.5, validation chooses."),
+    ] = None,
     allocation: Annotated[str, typer.Option(help="Their classes: as_generated, proportional or balance.")] = "as_generated",
     source: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of synthetic images that cells and mixed arms call NAME; repeatable.")
     ] = None,
     real_fraction: Annotated[
-        float, typer.Option(help="Part of the real training images that every arm keeps, in (0, 1]; stratified, whole groups.")
-    ] = 1.0,
+        str,
+        typer.Option(
+            help="Part of the real training images that every arm keeps, in (0, 1]; stratified, whole groups. Several, such as "
+            "0.25,0.5,1, give a learning curve; the verdict is that of the largest."
+        ),
+    ] = "1",
     allow_untrusted: Annotated[
         bool, typer.Option("--allow-untrusted", help="Accept images whose maker may have seen the test patients.")
     ] = False,
@@ -220,6 +228,8 @@ def grade(
     loss. Without the term real all real images are there. The cells orig100, orig+syn1, orig+syn2, orig+syn1+syn2, orig50,
     orig50+syn1_50, orig50+syn2_50, syn1, syn2, orig50+rot, orig50+vflip need --source syn1=FOLDER and --source syn2=FOLDER.
 
+    With several --per-real the ratio is chosen on validation, and the verdict is that of the chosen one; the report shows all.
+
     Example: medaug grade --cohort runs/cohort --out runs/mix --arm none --arm "half=real?fraction=0.5 + runs/accepted?per_real=1"
 
     Example: medaug grade --cohort runs/cohort --out runs/bench --arm none --arm oversample --arm guided_ddpm=runs/accepted
@@ -233,10 +243,10 @@ def grade(
         networks=networks,
         seeds=seeds,
         profile=profile,
-        synthetic_per_real=per_real,
+        synthetic_per_real=None if per_real is None else amounts(per_real, "--per-real"),
         allocation=allocation,
         sources=source or [],
-        real_fraction=real_fraction,
+        real_fraction=amounts(real_fraction, "--real-fraction"),
         allow_untrusted=allow_untrusted,
         overrides={} if head == "linear" else {"head": head},
         pretrained={name: Path(path) for name, path in named(pretrained or [], "--pretrained").items()},

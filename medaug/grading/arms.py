@@ -39,6 +39,7 @@ __all__ = [
     "WEAK_VIEW",
     "Arm",
     "Pair",
+    "Variant",
     "arm_mixture",
     "build_training_set",
     "check_arm",
@@ -55,6 +56,21 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Which of several variants of one arm this is; all empty for an arm that stands alone.
+
+    Attributes:
+        base: name of the arm.
+        per_real: the ratio that tells it from the others; None if they do not differ in it.
+        real_fraction: the fraction of the real images that does; None likewise.
+    """
+
+    base: str = ""
+    per_real: float | None = None
+    real_fraction: float | None = None
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to train.
 
@@ -66,7 +82,7 @@ class Arm:
         synthetic_per_real: how many per real image; None takes all.
         allocation: classes of those: "as_generated" (the synthetic cohort's own mix), "proportional" (the real mix) or
             "balance" (level the classes).
-        extra: images added per class; filled in by `prepare_arms`.
+        extra: images added per class; filled in by `prepare_arms`, which leaves the repeats of a control alone if they are given.
         allow_untrusted: accept synthetic images whose origin is unknown (made elsewhere).
         amst: each network is trained by AMST, which labels the synthetic images itself, in as many optimiser steps as the
             other arms have; None trains by the labels the images carry.
@@ -78,6 +94,7 @@ class Arm:
         real_fraction: of the real training images, see `mixing.keep_fraction`; None for an arm without real images.
         sources: several synthetic sources, or one with a batch share or loss weight, in the place of `synthetic`.
         real_share: of every batch that is real, with `sources`.
+        variant: of an arm that is graded at several ratios or fractions, see `medaug.grading.variants`; no part of its content.
 
     Raises:
         ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
@@ -99,6 +116,12 @@ class Arm:
     real_fraction: float | None = 1.0
     sources: tuple[Source, ...] = ()
     real_share: float | None = None
+    variant: Variant = Variant()
+
+    @property
+    def base(self) -> str:
+        """The name without the ratio and fraction that tell variants apart."""
+        return self.variant.base or self.name
 
     def __post_init__(self) -> None:
         check_mix(self)
@@ -127,7 +150,7 @@ class Arm:
             ]
             trained["real_share"] = self.real_share
         return trained | {
-            "name": self.name,
+            "name": self.base,  # so that a variant finds the rows of the same arm graded alone, and the other way round
             "policy": self.policy,
             "oversample": self.oversample,
             "extra": list(self.extra or ()),
@@ -269,7 +292,7 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     """Check every arm, add the controls of `with_view_controls`, and fix the images each arm adds per class.
 
     The control repeats real images to the count and classes of the largest synthetic arm; without one, until every
-    class is as large as the largest.
+    class is as large as the largest. Arms that are prepared already stay as they are.
 
     Raises:
         ConfigError: no arm, or two of one name.  DataError, LeakageError: see `check_arm` and `extra_counts`.
@@ -289,7 +312,7 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
         raise DataError(
             "class-empty", f"The control arm cannot repeat real images of {', '.join(lacking)}: the training split has none."
         )
-    return [replace(arm, extra=control if arm.oversample else added[arm.name]) for arm in arms]
+    return [replace(arm, extra=(arm.extra or control) if arm.oversample else added[arm.name]) for arm in arms]
 
 
 def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:

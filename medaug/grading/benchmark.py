@@ -6,12 +6,11 @@ twice; a changed image, recipe or arm has another name and is trained anew.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prep
 from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.recipe import recipe_content
+from medaug.grading.rows import CellSink, Row, tracked
 from medaug.grading.statistics import classification_metrics
-from medaug.grading.verdict import Predictions, primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress as progress_bar
 from medaug.training.amst import fit_amst
@@ -43,16 +42,7 @@ ROWS_FOLDER = "rows"
 WORTH_PROCESSES = 1000  # optimiser steps in all
 _PROBABILITY_DECIMALS = 6
 
-Row = dict[str, Any]
-
-__all__ = ["Cell", "Row", "plan_cells", "predictions_of", "run_benchmark", "summary_of"]
-
-
-class MetricSink(Protocol):
-    """Where figures go while the benchmark runs: a run of `medaug.tracking`."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Record scalars."""
+__all__ = ["Cell", "plan_cells", "run_benchmark"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +148,7 @@ def run_benchmark(
     progress: bool = False,
     on_row: Callable[[Row], None] | None = None,
     on_failed: Callable[[Row], None] = lambda row: None,
-    tracking: MetricSink | None = None,
+    tracking: CellSink | None = None,
     device: str | torch.device = "cpu",
 ) -> list[Row]:
     """Fill ``out/rows`` with one file per cell and return all rows, finished earlier or now, in the order of the cells.
@@ -206,8 +196,8 @@ def run_benchmark(
                         on_failed(_failed_row(cells[number], outcome))
                         continue
                     storage.write_json(out / ROWS_FOLDER / f"{cells[number].sha256}.json", outcome)
-                    rows[number] = outcome
-                    _tell(outcome, on_row, tracking)
+                    rows[number] = row = _named(outcome, cells[number])
+                    _tell(row, on_row, tracking)
     return [row for row in rows if row is not None]
 
 
@@ -216,9 +206,9 @@ def chosen_workers(steps: int, device: str | torch.device = "cpu") -> int:
     return len(usable_cores()) if steps >= WORTH_PROCESSES and torch.device(device).type == "cpu" else 1
 
 
-def _tell(row: Row, on_row: Callable[[Row], None] | None, tracking: MetricSink | None) -> None:
+def _tell(row: Row, on_row: Callable[[Row], None] | None, tracking: CellSink | None) -> None:
     if tracking is not None:
-        tracking.log_metrics(_tracked(row), row["seed"])
+        tracking.log_child(f"{row['arm']} {row['network']} seed {row['seed']}", row["sha256"], **tracked(row))
     if on_row is not None:
         on_row(row)
 
@@ -234,7 +224,13 @@ def _finished_row(out: Path, cell: Cell) -> Row | None:
     row = storage.read_json(path)
     if not isinstance(row, dict) or row.get("sha256") != cell.sha256:
         raise DataError("row-malformed", f"{path.name} is not the row its name says; delete it and run the same command again.")
-    return row
+    return _named(row, cell)
+
+
+def _named(row: Row, cell: Cell) -> Row:
+    """A stored row under the name that its cell has in this benchmark; the file knows the arm without ratio and fraction alone."""
+    known = {name: value for name, value in asdict(cell.arm.variant).items() if value not in (None, "")}
+    return row | {"arm": cell.arm.name} | known
 
 
 @dataclass(frozen=True)
@@ -276,7 +272,7 @@ def _run_cell(cell: Cell, images: GradedImages, device: str | torch.device, adva
         reached = entry["step"]
 
     fitted, facts = _train(cell, network, images, key, device, report)
-    row: Row = {"sha256": cell.sha256, "arm": cell.arm.name, "network": cell.network, "seed": cell.seed}
+    row: Row = {"sha256": cell.sha256, "arm": cell.arm.base, "network": cell.network, "seed": cell.seed}
     row |= training_facts(cell.arm, cell.pairs, len(cohort.classes)) | {"num_steps": cell.recipe.num_steps}
     row |= facts
     row |= {"best_step": fitted.best_step, "history": fitted.history, "key": dict(cell.key)}
@@ -340,47 +336,3 @@ def _score(cohort: Cohort, split: str, logits: Tensor) -> Row:
     cases = cohort.split(split)
     metrics = classification_metrics(np.array([case.label for case in cases]), probs, ordinal=cohort.ordinal)
     return {"metrics": metrics, "ids": [case.id for case in cases], "probs": probs.tolist()}
-
-
-def _tracked(row: Row) -> dict[str, float]:
-    prefix = f"{row['arm']}/{row['network']}"
-    metrics = row["test"]["metrics"]
-    return {f"{prefix}/{name}": value for name, value in metrics.items() if isinstance(value, float) and math.isfinite(value)}
-
-
-def summary_of(row: Row) -> Row:
-    """A row without its per-case lists: arm, network, seed, ratio and counts, test metrics at the top, validation below."""
-    kept = {name: value for name, value in row.items() if name not in ("test", "validation", "key", "history")}
-    validation = None if row["validation"] is None else _scalars(row["validation"]["metrics"])
-    return kept | _scalars(row["test"]["metrics"]) | {"validation": validation, "undefined": row["test"]["metrics"]["undefined"]}
-
-
-def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    return {name: value for name, value in metrics.items() if value is None or isinstance(value, (int, float))}
-
-
-def predictions_of(cohort: Cohort, rows: Sequence[Row]) -> Predictions:
-    """Collect the test probabilities of rows for the verdict.
-
-    Raises:
-        DataError: a row was scored on other test cases than the cohort's.
-    """
-    ids = [case.id for case in cohort.test]
-    if any(row["test"]["ids"] != ids for row in rows):
-        raise DataError(
-            "test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder."
-        )
-    metric = primary_metric(cohort.ordinal)
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((row["arm"], row["network"]), []).append(row)
-    probs = {
-        cell: np.array([row["test"]["probs"] for row in sorted(runs, key=lambda row: row["seed"])])
-        for cell, runs in cells.items()
-    }
-    validation: dict[tuple[str, str], float | None] = {}
-    for cell, runs in cells.items():
-        values = [row["validation"]["metrics"][metric] for row in runs if row["validation"] is not None]
-        known = [value for value in values if value is not None]
-        validation[cell] = float(np.mean(known)) if known else None
-    return Predictions(np.array([case.label for case in cohort.test]), [case.group for case in cohort.test], probs, validation)

@@ -12,12 +12,16 @@ from medaug import storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError
 from medaug.grading.arm_terms import term_names
-from medaug.grading.arms import Arm, parse_arm, view_controls, with_view_controls
-from medaug.grading.benchmark import MetricSink, Row, predictions_of, run_benchmark, summary_of
+from medaug.grading.arms import Arm, parse_arm
+from medaug.grading.benchmark import run_benchmark
+from medaug.grading.curves import curve_points
 from medaug.grading.presets import named_sources
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.report import write_report
-from medaug.grading.verdict import BASELINE, judge
+from medaug.grading.rows import CellSink, Row, predictions_of, summary_of
+from medaug.grading.scores import score_cells
+from medaug.grading.variants import amounts, at_verdict, check_choosable, choose, opponents_of, spread_arms
+from medaug.grading.verdict import BASELINE, judge, primary_metric
 from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
 from medaug.training.teacher import check_origin
@@ -38,11 +42,11 @@ def grade(
     profile: str = "cpu32",
     *,
     overrides: Mapping[str, Any] | None = None,
-    synthetic_per_real: float | None = None,
+    synthetic_per_real: float | Sequence[float] | None = None,
     allocation: str = "as_generated",
     allow_untrusted: bool = False,
     amst: Mapping[str, Any] | None = None,
-    real_fraction: float = 1.0,
+    real_fraction: float | Sequence[float] = 1.0,
     sources: Sequence[str] = (),
     pretrained: Mapping[str, Path] | None = None,
     executor: str = "local",
@@ -53,7 +57,7 @@ def grade(
     command: str = "",
     progress: bool = False,
     on_row: Callable[[Row], None] | None = None,
-    tracking: MetricSink | None = None,
+    tracking: CellSink | None = None,
 ) -> dict[str, Any]:
     """Compare arms on a cohort's real test split. Run again after a kill, it goes on where it stopped.
 
@@ -64,19 +68,21 @@ def grade(
         networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
         seeds: how many, or which.
         profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
-        synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all.
+        synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all. Of several
+            ratios one is chosen on validation, see `medaug.grading.variants`.
         allow_untrusted: accept images whose maker's training data are unknown; the verdict says so.
         amst: fields of `AmstRecipe` to change, for all arms that train by it.
-        real_fraction: of the real training images that every arm keeps which does not say its own, `none` too.
+        real_fraction: of the real training images that every arm keeps which does not say its own, `none` too. Of several the
+            verdict is that of the largest.
         sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name.
         pretrained: network -> safetensors file that its weights but the head's come from; the report says so.
         executor, workers, ray_address: where cells are computed, see `medaug.grading.executors`; the rows do not depend on it.
         command: what the report says it was made with; no personal paths.
-        tracking: a run that takes `log_metrics`.
+        tracking: a run that takes `log_child`.
 
     Returns:
         {"rows": [one flat summary per cell], "verdict": {arm: {...}}, "failed": [arm, network, seed, code and reason of every
-        cell without a row]}; out/ holds rows/, rows.csv, table.csv, table.md, verdict.json, comparison.png and report.html.
+        cell without a row]}; out/ holds rows/, verdict.json and the files of `write_report`.
         A network with a failed cell is left out of the verdict, and the verdict's warnings say so.
 
     Raises:
@@ -88,16 +94,20 @@ def grade(
     names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
     which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     options: dict[str, Any] = {
-        "synthetic_per_real": synthetic_per_real,
         "allocation": allocation,
         "allow_untrusted": allow_untrusted,
         "amst": amst,
-        "real_fraction": real_fraction,
         "named": named_sources(sources, _asked_for(arm_specs), cohort, out / COPIES_FOLDER),
     }
-    arms = with_view_controls([parse_arm(spec, **options) for spec in arm_specs])
-    if BASELINE not in [arm.name for arm in arms]:
+
+    def read(ratio: float | None, fraction: float) -> list[Arm]:
+        return [parse_arm(spec, synthetic_per_real=ratio, real_fraction=fraction, **options) for spec in arm_specs]
+
+    ratios, fractions = amounts(synthetic_per_real, "--per-real"), amounts(real_fraction, "--real-fraction")
+    arms = spread_arms(read, ratios, fractions, cohort)
+    if BASELINE not in [arm.base for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
+    check_choosable(arms, cohort)
     recipes = {name: grading_recipe(profile, name, overrides) for name in names}
     weights = _checked_weights(pretrained, names)
     unfit = _unfit_networks(names, cohort, weights, arms, which)
@@ -124,14 +134,36 @@ def grade(
     rows = [row for row in graded if row["network"] not in without]
     if not rows:
         raise ConfigError("nothing-graded", f"No network could be graded: {failed[0]['reason']}")
-    predictions = predictions_of(cohort, rows)
     notes = [*_notes(cohort, arms), *_inert(rows), *_left_out(failed), *_pretrained_notes(weights)]
-    verdict = judge(
-        predictions, ordinal=cohort.ordinal, notes=notes, view_controls=view_controls(arms), num_resamples=num_resamples
-    )
-    storage.write_json(out / VERDICT_NAME, verdict)
-    write_report(out, cohort, rows, verdict, command=command, profile=profile)
+    verdict = _report(out, cohort, arms, rows, notes, num_resamples, command, profile)
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
+
+
+def _report(
+    out: Path,
+    cohort: Cohort,
+    arms: Sequence[Arm],
+    rows: Sequence[Row],
+    notes: Sequence[str],
+    num_resamples: int,
+    command: str,
+    profile: str,
+) -> dict[str, Any]:
+    """Choose ratios on validation, judge the arms at them, and write verdict and report. Returns the verdict."""
+    metric = primary_metric(cohort.ordinal)
+    predictions = predictions_of(cohort, rows)
+    scores = score_cells(predictions, metric, num_resamples=num_resamples)
+    choices, opponents = choose(arms, rows, metric), opponents_of(arms)
+    judged = {arm.name: opponents[arm.name] for arm in at_verdict(arms, choices) if arm.base != BASELINE}
+    verdict = judge(predictions, ordinal=cohort.ordinal, notes=notes, opponents=judged, scores=scores)
+    for choice in choices:
+        if choice.arm in verdict:
+            verdict[choice.arm] |= {"choice": choice.facts()}
+            verdict[choice.arm]["sentence"] += f" {choice.sentence()}"
+    storage.write_json(out / VERDICT_NAME, verdict)
+    points = curve_points(arms, choices, scores, opponents, predictions.validation)
+    write_report(out, cohort, rows, verdict, points=points, command=command, profile=profile)
+    return verdict
 
 
 def _left_out(failed: Sequence[Row]) -> list[str]:
@@ -170,19 +202,19 @@ def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     """What a reader must know before the verdict: a split that leaks, images nobody can vouch for."""
     leak = (cohort.notes.get("leak") or {}).get("warning")
     notes = [str(leak)] if leak else []
-    for arm in arms:
+    for name, arm in {arm.base: arm for arm in arms}.items():
         given = [case for source in arm.added() for case in source.cohort.training]
         unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
         if unknown:
             notes.append(
-                f"Nothing shows that the maker of {len(unknown)} image(s) of arm {arm.name} never saw the test patients."
+                f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients."
             )
-        if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, arm.name, trusted=True):
-            notes.append(f"Nothing shows that the teacher of arm {arm.name} never saw the test patients.")
+        if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, name, trusted=True):
+            notes.append(f"Nothing shows that the teacher of arm {name} never saw the test patients.")
         if any((case.lineage or {}).get("weights_trusted") for case in given):
-            notes.append(f"The labels of arm {arm.name} come from a network that began from weights of unknown origin.")
+            notes.append(f"The labels of arm {name} come from a network that began from weights of unknown origin.")
         if any((case.lineage or {}).get("generator_trusted") for case in given):
-            notes.append(f"The images of arm {arm.name} come from a generator that began from weights of unknown origin.")
+            notes.append(f"The images of arm {name} come from a generator that began from weights of unknown origin.")
     return notes
 
 

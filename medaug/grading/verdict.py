@@ -21,14 +21,8 @@ from typing import Any
 import numpy as np
 
 from medaug.errors import ConfigError, DataError
-from medaug.grading.statistics import (
-    PairedDifference,
-    bootstrap_scores,
-    compare_scores,
-    holm,
-    wilcoxon_networks,
-    with_training_luck,
-)
+from medaug.grading.scores import Predictions, Scores, score_cells
+from medaug.grading.statistics import PairedDifference, holm, wilcoxon_networks
 
 BASELINE = "none"
 CONTROL = "oversample"
@@ -38,33 +32,26 @@ FEWEST_SEEDS = 3  # with two, one benchmark in six without an effect got a verdi
 
 METRIC_LABELS = {"balanced_accuracy": "balanced accuracy", "quadratic_kappa": "quadratic kappa"}
 
-__all__ = ["BASELINE", "CONTROL", "Predictions", "check_complete", "judge", "primary_metric"]
+__all__ = ["BASELINE", "CONTROL", "Opponents", "Predictions", "check_complete", "default_opponents", "judge", "primary_metric"]
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What the rows of a benchmark say about the test set.
+class Opponents:
+    """What an arm is compared with.
 
     Attributes:
-        target: (N,) true classes.  groups: (N,) group of each case.
-        probs: (arm, network) -> (S, N, K), one entry per seed, seeds in the same order everywhere.
-        validation: (arm, network) -> primary metric on validation, mean over seeds; None where undefined.
+        baseline: plain training on the real images that the arm has too.
+        control: real images repeated to the count of the arm's; None without one.
+        views: real images seen through the arm's own weak view; None for an arm without views of its own.
     """
 
-    target: np.ndarray
-    groups: Sequence[str]
-    probs: Mapping[tuple[str, str], np.ndarray]
-    validation: Mapping[tuple[str, str], float | None]
+    baseline: str = BASELINE
+    control: str | None = None
+    views: str | None = None
 
-    @property
-    def arms(self) -> list[str]:
-        """Arm names in first-seen order."""
-        return list(dict.fromkeys(arm for arm, _ in self.probs))
-
-    @property
-    def networks(self) -> list[str]:
-        """Network names in first-seen order."""
-        return list(dict.fromkeys(network for _, network in self.probs))
+    def names(self) -> set[str]:
+        """The arms that there are."""
+        return {name for name in (self.baseline, self.control, self.views) if name is not None}
 
 
 def primary_metric(ordinal: bool) -> str:
@@ -72,17 +59,21 @@ def primary_metric(ordinal: bool) -> str:
     return "quadratic_kappa" if ordinal else "balanced_accuracy"
 
 
-def check_complete(predictions: Predictions) -> None:
-    """Every arm must have every network and the baseline must be there.
+def check_complete(predictions: Predictions, opponents: Mapping[str, Opponents]) -> None:
+    """Every arm must have every network, and what it is compared with must be there.
 
     Raises:
-        ConfigError: no baseline arm.  DataError: a missing cell or a different number of seeds or cases.
+        ConfigError: no baseline arm, or no other opponent.  DataError: a missing cell or a different number of seeds or cases.
     """
-    if BASELINE not in predictions.arms:
-        raise ConfigError(
-            "baseline-missing",
-            f"A verdict compares with the arm `{BASELINE}`, got {', '.join(predictions.arms)}; add --arm {BASELINE}.",
-        )
+    for other in opponents.values():
+        if other.baseline not in predictions.arms:
+            raise ConfigError(
+                "baseline-missing",
+                f"A verdict compares with the arm `{other.baseline}`, got {', '.join(predictions.arms)}; add --arm {BASELINE}.",
+            )
+    missing = set(opponents).union(*(other.names() for other in opponents.values())) - set(predictions.arms)
+    if missing:
+        raise ConfigError("control-missing", f"A verdict needs the arm(s) {', '.join(sorted(missing))}; run them too.")
     shapes = {values.shape for values in predictions.probs.values()}
     if len(shapes) != 1 or len(predictions.probs) != len(predictions.arms) * len(predictions.networks):
         raise DataError(
@@ -91,115 +82,110 @@ def check_complete(predictions: Predictions) -> None:
         )
 
 
+def default_opponents(arms: Sequence[str]) -> dict[str, Opponents]:
+    """Every arm but the baseline against it and, if it is there, against the control."""
+    control = CONTROL if CONTROL in arms else None
+    return {arm: Opponents(control=None if arm == CONTROL else control) for arm in arms if arm != BASELINE}
+
+
 def judge(
     predictions: Predictions,
     *,
     ordinal: bool,
     notes: Sequence[str] = (),
-    view_controls: Mapping[str, str] | None = None,
+    opponents: Mapping[str, Opponents] | None = None,
+    scores: Scores | None = None,
     num_resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Judge every arm but the baseline.
+    """Judge every arm that has opponents.
 
     Args:
         ordinal: chooses the primary metric.  notes: warnings about the data, repeated in every verdict.
-        view_controls: arm -> the arm of real images seen through the same weak view, for arms that bring views of their own.
-        num_resamples, seed: of the bootstrap.
+        opponents: arm -> what it is compared with; None: see `default_opponents`.
+        scores: of `score_cells`, where they are there already, in place of `num_resamples` and `seed` of the bootstrap.
 
     Returns:
-        arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, against_none, against_control and
-        against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control), seed_differences, per_network,
-        wilcoxon, validation_difference, warnings.
+        arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, opponents, against_none, against_control and
+        against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control),
+        seed_differences, per_network and per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm),
+        validation_difference, warnings.
     """
-    check_complete(predictions)
     metric = primary_metric(ordinal)
-    scores = {
-        cell: bootstrap_scores(predictions.target, predictions.groups, probs, metric, num_resamples=num_resamples, seed=seed)
-        for cell, probs in predictions.probs.items()
-    }
-    pooled = {arm: np.mean([scores[arm, network] for network in predictions.networks], axis=0) for arm in predictions.arms}
-    judged = [arm for arm in predictions.arms if arm != BASELINE]
-    by_seed = {arm: _seed_scores(predictions, arm, metric) for arm in predictions.arms}
-    num_groups = len(set(predictions.groups))
-
-    def compare(arm: str, other: str) -> PairedDifference:
-        result = compare_scores(pooled[arm], pooled[other])
-        return with_training_luck(result, _minus(by_seed[arm], by_seed[other]), num_groups)
-
-    against_none = {arm: compare(arm, BASELINE) for arm in judged}
-    has_control = CONTROL in predictions.arms
-    against_control = {arm: compare(arm, CONTROL) for arm in judged if has_control and arm != CONTROL}
-    own_views = {arm: compare(arm, other) for arm, other in _known(view_controls, predictions).items()}
-    holm_views = holm({arm: result.p_value for arm, result in own_views.items()})
-    holm_none = holm({arm: result.p_value for arm, result in against_none.items()})
-    holm_control = holm({arm: result.p_value for arm, result in against_control.items()})
-    warnings = _warnings(predictions, notes, has_control)
+    opponents = default_opponents(predictions.arms) if opponents is None else opponents
+    check_complete(predictions, opponents)
+    scores = scores or score_cells(predictions, metric, num_resamples=num_resamples, seed=seed)
+    none = _comparison(scores, {arm: other.baseline for arm, other in opponents.items()})
+    control = _comparison(scores, {arm: other.control for arm, other in opponents.items() if other.control})
+    views = _comparison(scores, {arm: other.views for arm, other in opponents.items() if other.views})
+    warnings = _warnings(predictions, notes, has_control=CONTROL in {arm.partition("@")[0] for arm in predictions.arms})
     verdicts: dict[str, dict[str, Any]] = {}
-    for arm in judged:
-        control, views = against_control.get(arm), own_views.get(arm)
-        seeds = _minus(by_seed[arm], by_seed[BASELINE])
-        helped = (
-            _above(against_none[arm], holm_none[arm])
-            and (control is None or _above(control, holm_control[arm]))
-            and (views is None or _above(views, holm_views[arm]))
-            and min(seeds) > 0
-        )
-        harmed = against_none[arm].high < 0 and holm_none[arm] < SIGNIFICANCE and max(seeds) < 0
+    for arm, other in opponents.items():
+        seeds = scores.seed_differences(arm, other.baseline)
+        required = [family for family in (none, control, views) if arm in family.overall]
+        helped = all(_above(family, arm) for family in required) and min(seeds) > 0
+        harmed = none.overall[arm].high < 0 and none.p_holm[arm] < SIGNIFICANCE and max(seeds) < 0
         spoken = "helps" if helped else "harms" if harmed else "no evidence"
         verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
-        networks = {network: compare_scores(scores[arm, network], scores[BASELINE, network]) for network in predictions.networks}
+        results = [family.overall.get(arm) for family in (none, control, views)]
         verdicts[arm] = {
             "verdict": verdict,
-            "sentence": _sentence(
-                arm, verdict, METRIC_LABELS[metric], against_none[arm], control, views, seeds, len(predictions.networks)
-            ),
+            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], results, seeds, len(predictions.networks)),
             "metric": metric,
-            "against_none": _plain(against_none[arm], holm_none[arm]),
-            "against_control": None if control is None else _plain(control, holm_control[arm]),
-            "against_views": None if views is None else _plain(views, holm_views[arm]),
+            "opponents": asdict(other),
+            "against_none": none.plain(arm),
+            "against_control": control.plain(arm),
+            "against_views": views.plain(arm),
             "seed_differences": [_none_if_nan(value) for value in seeds],
-            "per_network": {network: _plain(result, None) for network, result in networks.items()},
-            "wilcoxon": wilcoxon_networks([result.difference for result in networks.values()]),
-            "validation_difference": _validation_difference(predictions, arm),
+            "per_network": none.plain_networks(arm),
+            "per_network_control": control.plain_networks(arm),
+            "wilcoxon": none.wilcoxon[arm],
+            "wilcoxon_control": control.wilcoxon.get(arm),
+            "validation_difference": _validation_difference(predictions, arm, other.baseline),
             "warnings": warnings,
         }
     return verdicts
 
 
-def _known(view_controls: Mapping[str, str] | None, predictions: Predictions) -> Mapping[str, str]:
-    """The controls, all of them run.
+@dataclass(frozen=True)
+class _Family:
+    """Every arm against one kind of opponent; Holm's corrections are over the arms.
 
-    Raises:
-        ConfigError: an arm or its control has no predictions.
+    Attributes:
+        overall: arm -> difference over all networks.  p_holm: its adjusted p-value.
+        networks: arm -> network -> difference.  wilcoxon: arm -> see `wilcoxon_networks`, with p_holm.
     """
-    missing = {name for pair in (view_controls or {}).items() for name in pair} - set(predictions.arms)
-    if missing:
-        raise ConfigError("control-missing", f"A verdict on views needs the arm(s) {', '.join(sorted(missing))}; run them too.")
-    return view_controls or {}
+
+    overall: Mapping[str, PairedDifference]
+    p_holm: Mapping[str, float]
+    networks: Mapping[str, Mapping[str, PairedDifference]]
+    wilcoxon: Mapping[str, Mapping[str, Any]]
+
+    def plain(self, arm: str) -> dict[str, Any] | None:
+        """The difference over all networks as JSON, None without one."""
+        return _plain(self.overall[arm]) | {"p_holm": self.p_holm[arm]} if arm in self.overall else None
+
+    def plain_networks(self, arm: str) -> dict[str, dict[str, Any]]:
+        """The differences of the networks as JSON."""
+        return {network: _plain(result) for network, result in self.networks.get(arm, {}).items()}
 
 
-def _above(result: PairedDifference, p_holm: float) -> bool:
-    return result.low > 0 and p_holm < SIGNIFICANCE
+def _comparison(scores: Scores, opponents: Mapping[str, str]) -> _Family:
+    overall = {arm: scores.compare(arm, other) for arm, other in opponents.items()}
+    networks = {arm: scores.compare_networks(arm, other) for arm, other in opponents.items()}
+    ranks = {arm: wilcoxon_networks([one.difference for one in results.values()]) for arm, results in networks.items()}
+    adjusted = holm({arm: rank["p_value"] for arm, rank in ranks.items() if rank["p_value"] is not None})
+    wilcoxon = {arm: rank | {"p_holm": adjusted.get(arm)} for arm, rank in ranks.items()}
+    return _Family(overall, holm({arm: result.p_value for arm, result in overall.items()}), networks, wilcoxon)
 
 
-def _seed_scores(predictions: Predictions, arm: str, metric: str) -> list[float]:
-    """The arm's score for each seed, mean over networks: how much a verdict owes to chance in training."""
-
-    def score(index: int) -> float:
-        runs = np.stack([predictions.probs[arm, network][index] for network in predictions.networks])
-        return float(bootstrap_scores(predictions.target, predictions.groups, runs, metric, num_resamples=0)[0])
-
-    return [score(index) for index in range(len(next(iter(predictions.probs.values()))))]
+def _above(family: _Family, arm: str) -> bool:
+    return family.overall[arm].low > 0 and family.p_holm[arm] < SIGNIFICANCE
 
 
-def _minus(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    return [score - other for score, other in zip(scores, others, strict=True)]
-
-
-def _validation_difference(predictions: Predictions, arm: str) -> float | None:
+def _validation_difference(predictions: Predictions, arm: str, other: str) -> float | None:
     pairs = [
-        (predictions.validation.get((arm, network)), predictions.validation.get((BASELINE, network)))
+        (predictions.validation.get((arm, network)), predictions.validation.get((other, network)))
         for network in predictions.networks
     ]
     known = [ours - baseline for ours, baseline in pairs if ours is not None and baseline is not None]
@@ -227,13 +213,13 @@ def _sentence(
     arm: str,
     verdict: str,
     metric: str,
-    none: PairedDifference,
-    control: PairedDifference | None,
-    views: PairedDifference | None,
+    results: Sequence[PairedDifference | None],
     seeds: Sequence[float],
     num_networks: int,
 ) -> str:
-    """One plain sentence with the numbers the verdict rests on."""
+    """One plain sentence with the numbers the verdict rests on: `results` against none, the control and the views."""
+    none, control, views = results
+    assert none is not None
     if math.isnan(none.difference):
         return f"{arm}: no evidence; {metric} is undefined on this test split."
     opening = {"helps": "helps", "harms": "harms", "no evidence": "shows no evidence of help or harm"}[verdict]
@@ -251,9 +237,8 @@ def _sentence(
     return text + "."
 
 
-def _plain(result: PairedDifference, p_holm: float | None) -> dict[str, Any]:
-    row = {name: _none_if_nan(value) for name, value in asdict(result).items()}
-    return row if p_holm is None else row | {"p_holm": p_holm}
+def _plain(result: PairedDifference) -> dict[str, Any]:
+    return {name: _none_if_nan(value) for name, value in asdict(result).items()}
 
 
 def _none_if_nan(value: Any) -> Any:

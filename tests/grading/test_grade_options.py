@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medaug.cli.options import named
+from medaug.cli.options import amounts, named
 from medaug.errors import ConfigError
 from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import plan_cells
@@ -100,6 +100,10 @@ def test_refusals(tmp_path, make_cohort, make_synthetic):
         with pytest.raises(ConfigError, match="option-malformed"):
             named(wrong, "--pretrained")
     assert named(["resnet18=a=b/c.safetensors"], "--pretrained") == {"resnet18": "a=b/c.safetensors"}
+    for wrong in ("", "half", "0.5,", "0.5 1"):
+        with pytest.raises(ConfigError, match="option-malformed"):
+            amounts(wrong, "--per-real")
+    assert amounts("2.5", "--per-real") == [2.5] and amounts("0.5, 1,2.5", "--per-real") == [0.5, 1, 2.5]
     made = make_synthetic(real, tmp_path / "made", [2, 2, 2])
     recipe = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"head": "coral"})}
     with pytest.raises(ConfigError, match="head-amst"):

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn and hand-worked values; laws of the bootstrap."""
 
+import itertools
 import math
 import time
 import warnings
@@ -185,6 +186,22 @@ def test_wilcoxon_equals_scipy_exact():
     assert statistics.wilcoxon_networks(np.arange(1, 11) / 100)["p_value"] == pytest.approx(0.001953125)
     assert statistics.wilcoxon_networks([0, 0])["p_value"] is None
     assert statistics.wilcoxon_networks([])["median"] is None
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=50)
+def test_signed_ranks_are_exact_with_ties_and_zeros(differences):
+    """Every pattern of signs counted by hand; no p-value below what the number of differences can show."""
+    values = np.array([value for value in differences if value])
+    found = statistics.wilcoxon_networks(differences)["p_value"]
+    if not len(values):
+        assert found is None
+        return
+    ranks = stats.rankdata(np.abs(values))
+    sums = [ranks[list(signs)].sum() for signs in itertools.product([False, True], repeat=len(values))]
+    reached = ranks[values > 0].sum()
+    tail = min(np.mean(np.array(sums) <= reached), np.mean(np.array(sums) >= reached))
+    assert found == pytest.approx(min(1, 2 * tail)) and found >= 2 / 2 ** len(values)
 
 
 def test_refusals():

@@ -1,10 +1,12 @@
 """Verdicts on planted predictions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from medaug.errors import ConfigError, DataError
-from medaug.grading.verdict import Predictions, judge, primary_metric
+from medaug.grading.verdict import Opponents, Predictions, default_opponents, judge, primary_metric
 
 NUM_CASES, NUM_CLASSES = 240, 3
 
@@ -56,7 +58,9 @@ def test_an_arm_with_views_of_its_own_must_beat_real_images_seen_that_way():
     """The shifts alone earn the whole difference: no evidence for the arm that also shifts."""
     scores = {"none": 0.6, "oversample": 0.6, "weak_view": 0.8, "amst": 0.8, "better": 0.95, "plain": 0.8}
     controls = {"amst": "weak_view", "better": "weak_view"}
-    verdicts = judge(planted(scores), ordinal=False, view_controls=controls, num_resamples=1000)
+    plain = default_opponents(list(scores))
+    opponents = {arm: replace(other, views=controls.get(arm)) for arm, other in plain.items()}
+    verdicts = judge(planted(scores), ordinal=False, opponents=opponents, num_resamples=1000)
     assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {
         "oversample": "no evidence", "weak_view": "helps", "amst": "no evidence", "better": "helps", "plain": "helps"
     }  # fmt: skip
@@ -65,7 +69,7 @@ def test_an_arm_with_views_of_its_own_must_beat_real_images_seen_that_way():
     assert verdicts["better"]["against_views"]["p_holm"] >= verdicts["better"]["against_views"]["p_value"]
     assert verdicts["plain"]["against_views"] is None
     with pytest.raises(ConfigError, match="control-missing"):
-        judge(planted({"none": 0.6, "amst": 0.8}), ordinal=False, view_controls=controls)
+        judge(planted({"none": 0.6, "amst": 0.8}), ordinal=False, opponents={"amst": Opponents(views="weak_view")})
 
 
 def test_many_arms_raise_the_bar():

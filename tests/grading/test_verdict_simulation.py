@@ -87,3 +87,44 @@ def test_power_rises_with_the_effect():
     assert helps == sorted(helps) and helps[-1] > 0.5
     _, parts = rates(NO_EFFECT | {"synthetic": -1.0}, 60, num_networks=2, num_seeds=3, **LUCK["of seeds"])
     assert parts["harms"] > 0.8
+
+
+def chosen_on_validation(key, num_ratios, seed_luck, run_luck, num_networks=2, num_seeds=3):
+    """Predictions of none, the control and the arm at the ratio of `num_ratios` without effect that is best on validation.
+
+    Validation and test have patients of their own and share the trained networks, and so their luck.
+    """
+    draw = np.random.default_rng(key)
+    names = ["none", *(f"{base}@{ratio}" for ratio in range(num_ratios) for base in ("oversample", "synthetic"))]
+    luck = {name: draw.normal(0, seed_luck, num_seeds) + draw.normal(0, run_luck, (num_networks, num_seeds)) for name in names}
+    num_cases = NUM_PATIENTS * CASES
+    target = draw.permutation(np.arange(num_cases) % NUM_CLASSES)
+
+    def answers():
+        ease = 0.9 + np.repeat(draw.normal(0, 0.7, NUM_PATIENTS), CASES) + draw.normal(0, 0.7, num_cases)
+        return {name: one[..., None] + ease + draw.normal(0, 0.5, (*one.shape, num_cases)) > 0 for name, one in luck.items()}
+
+    validation, test = answers(), answers()
+    best = max(range(num_ratios), key=lambda ratio: validation[f"synthetic@{ratio}"].mean())
+    arms = {"none": "none", "oversample": f"oversample@{best}", "synthetic": f"synthetic@{best}"}
+    wrong = (target + 1) % NUM_CLASSES
+    probs = {
+        (arm, f"n{network}"): np.eye(NUM_CLASSES)[np.where(test[name][network], target, wrong)]
+        for arm, name in arms.items()
+        for network in range(num_networks)
+    }
+    return Predictions(target, [f"g{index // CASES}" for index in range(num_cases)], probs, dict.fromkeys(probs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("luck", ["of seeds", "large"])
+def test_choosing_a_ratio_on_validation_earns_no_verdict(luck):
+    """The choice prefers runs that were lucky in training, and that luck reaches the test; the bars of a verdict still hold."""
+    count = 200
+    for num_ratios in (1, 5):
+        found = [chosen_on_validation(key, num_ratios, **LUCK[luck]) for key in range(count)]
+        entries = [judge(one, ordinal=False, num_resamples=200)["synthetic"] for one in found]
+        helps = float(np.mean([entry["verdict"] == "helps" for entry in entries]))
+        bias = float(np.mean([entry["against_none"]["difference"] for entry in entries]))
+        print(f"no effect, luck {luck}, best of {num_ratios} ratio(s): helps {helps:.4f}, mean difference {bias:+.4f}")  # noqa: T201
+        assert helps <= 0.025 + 2.5 * math.sqrt(0.025 * 0.975 / count)  # a false "helps" is one side of the 5 %

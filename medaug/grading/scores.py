@@ -1,0 +1,95 @@
+"""What the test predictions of a benchmark score, on the test set and on resamples of its groups, the same ones for every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from medaug.grading.statistics import PairedDifference, bootstrap_scores, compare_scores, with_training_luck
+
+__all__ = ["Predictions", "Scores", "score_cells"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the rows of a benchmark say about the test set.
+
+    Attributes:
+        target: (N,) true classes.  groups: (N,) group of each case.
+        probs: (arm, network) -> (S, N, K), one entry per seed, seeds in the same order everywhere.
+        validation: (arm, network) -> primary metric on validation, mean over seeds; None where undefined.
+    """
+
+    target: np.ndarray
+    groups: Sequence[str]
+    probs: Mapping[tuple[str, str], np.ndarray]
+    validation: Mapping[tuple[str, str], float | None]
+
+    @property
+    def arms(self) -> list[str]:
+        """Arm names in first-seen order."""
+        return list(dict.fromkeys(arm for arm, _ in self.probs))
+
+    @property
+    def networks(self) -> list[str]:
+        """Network names in first-seen order."""
+        return list(dict.fromkeys(network for _, network in self.probs))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One metric of every arm.
+
+    Attributes:
+        metric: its name.
+        cells: (arm, network) -> (1 + R,): on the test set and on R resamples of its groups, mean over seeds.
+        pooled: arm -> (1 + R,), mean over networks.
+        by_seed: arm -> S values on the test set, mean over networks.
+        num_groups: of the test set.
+    """
+
+    metric: str
+    cells: Mapping[tuple[str, str], np.ndarray]
+    pooled: Mapping[str, np.ndarray]
+    by_seed: Mapping[str, Sequence[float]]
+    num_groups: int
+
+    def seed_differences(self, arm: str, other: str) -> list[float]:
+        """Arm minus other for each seed: how much a verdict owes to chance in training."""
+        return [score - against for score, against in zip(self.by_seed[arm], self.by_seed[other], strict=True)]
+
+    def compare(self, arm: str, other: str) -> PairedDifference:
+        """Arm minus other over all networks; the interval covers the choice of test groups and the luck of training."""
+        result = compare_scores(self.pooled[arm], self.pooled[other])
+        return with_training_luck(result, self.seed_differences(arm, other), self.num_groups)
+
+    def compare_networks(self, arm: str, other: str) -> dict[str, PairedDifference]:
+        """Arm minus other for each network; the intervals cover the choice of test groups alone."""
+        networks = dict.fromkeys(network for _, network in self.cells)
+        return {network: compare_scores(self.cells[arm, network], self.cells[other, network]) for network in networks}
+
+    def interval(self, arm: str) -> tuple[float, float, float]:
+        """The arm's score over all networks and its 95 % percentile interval over the test groups; NaN where it is undefined."""
+        known = self.pooled[arm][1:][~np.isnan(self.pooled[arm][1:])]
+        low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
+        return float(self.pooled[arm][0]), float(low), float(high)
+
+
+def score_cells(predictions: Predictions, metric: str, *, num_resamples: int = 10_000, seed: int = 0) -> Scores:
+    """Score every cell of a benchmark; see `bootstrap_scores`."""
+    target, groups, networks = predictions.target, predictions.groups, predictions.networks
+    cells = {
+        cell: bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed)
+        for cell, probs in predictions.probs.items()
+    }
+    pooled = {arm: np.mean([cells[arm, network] for network in networks], axis=0) for arm in predictions.arms}
+
+    def of_seed(arm: str, index: int) -> float:
+        runs = np.stack([predictions.probs[arm, network][index] for network in networks])
+        return float(bootstrap_scores(target, groups, runs, metric, num_resamples=0)[0])
+
+    num_seeds = len(next(iter(predictions.probs.values())))
+    by_seed = {arm: [of_seed(arm, index) for index in range(num_seeds)] for arm in predictions.arms}
+    return Scores(metric, cells, pooled, by_seed, len(set(groups)))
