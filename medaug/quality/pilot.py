@@ -106,14 +106,24 @@ def share_interval(hits: int, n: int) -> tuple[float, float]:
 
 def _seen(hits: int, n: int) -> str:
     low, high = share_interval(hits, n)
-    return f"{hits} of {n} ({hits / n:.0%}, 95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    return f"{hits} of {n} ({_percent(hits / n)}, 95 % interval {100 * low:.0f} to {_percent(high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _duration(seconds: float) -> str:
+    units = ((7200, 3600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
+    size, name = next((size, name) for least, size, name in units if seconds >= least)
+    return f"{seconds / size:.3g} {name}"
 
 
 def acceptance_check(acceptance: Sequence[ClassAcceptance], limit: float) -> Check:
     """The gate's acceptance in the class with the smallest."""
     worst = min((entry for entry in acceptance if entry.generated), key=lambda entry: entry.passed / entry.generated)
     value = worst.passed / worst.generated
-    text = f"Of class {worst.name}, the worst, the gate accepts {_seen(worst.passed, worst.generated)}; at least {limit:.0%} is needed."
+    text = f"Of class {worst.name}, the worst, the gate accepts {_seen(worst.passed, worst.generated)}; at least {_percent(limit)} are needed."
     return _check("acceptance", value, limit, value >= limit, text)
 
 
@@ -124,7 +134,7 @@ def outlier_check(found: Mapping[str, Any] | None, limit: float, reason: str = "
     value = found["flagged"] / found["n"]
     text = (
         f"Outliers are {_seen(found['flagged'], found['n'])}, beyond what 95 % of {found['n_validation']} real validation images stay within; "
-        f"at most {limit:.0%} may be."
+        f"at most {_percent(limit)} may be."
     )
     return _check("outliers", value, limit, value <= limit, text)
 
@@ -135,7 +145,7 @@ def kid_check(row: Mapping[str, Any] | None, noise: float) -> Check:
         return Check("kid", UNDEFINED, row and row["value"], row and row["limit"], row["note"] if row else NOTHING_READABLE)
     text = (
         f"KID to training is {row['value']:.4g} (95 % interval {row['low']:.4g} to {row['high']:.4g}); held-out real images have {row['floor']:.4g}, "
-        f"and {row['limit']:.4g} under noise of {noise:.0%} of their contrast, which is the most it may be."
+        f"and {row['limit']:.4g} under noise of {_percent(noise)} of their contrast, which is the most it may be."
     )
     return _check("kid", row["value"], row["limit"], row["value"] <= row["limit"], text)
 
@@ -145,7 +155,7 @@ def copy_check(found: Mapping[str, Any] | None, limit: float) -> Check:
     if found is None or not found["n"]:
         return Check("copies", UNDEFINED, None, limit, NOTHING_READABLE)
     value = found["copies"] / found["n"]
-    text = f"Copies of training images are {_seen(found['copies'], found['n'])}; at most {limit:.0%} may be."
+    text = f"Copies of training images are {_seen(found['copies'], found['n'])}; at most {_percent(limit)} may be."
     return _check("copies", value, limit, value <= limit, text)
 
 
@@ -170,7 +180,7 @@ def accuracy_check(found: Mapping[str, Any] | None, limit: float, reason: str = 
     if real - chance <= luck:
         return Check("accuracy", UNDEFINED, None, limit, f"{text}; so few real images teach nothing either.")
     value = (found["synthetic"] - chance) / (real - chance)
-    return _check("accuracy", value, limit, value >= limit, f"{text}: {value:.0%} of the gain, {limit:.0%} is needed.")
+    return _check("accuracy", value, limit, value >= limit, f"{text}: {_percent(value)} of the gain, {_percent(limit)} are needed.")
 
 
 def time_check(projected: Mapping[str, Any], limit: float) -> Check:
@@ -178,7 +188,7 @@ def time_check(projected: Mapping[str, Any], limit: float) -> Check:
     if projected["seconds"] is None:
         return Check("time", UNDEFINED, None, limit, projected["reason"])
     hours = projected["seconds"] / 3600
-    text = f"The full generation takes {hours:.3g} hours for {projected['generate']} images; at most {limit:g} are allowed."
+    text = f"The full generation takes {_duration(projected['seconds'])} for {projected['generate']} images; at most {limit:g} hours are allowed."
     return _check("time", hours, limit, hours <= limit, text)
 
 
@@ -187,5 +197,5 @@ def disk_check(projected: Mapping[str, Any], free: int, limit: float) -> Check:
     if projected["bytes"] is None:
         return Check("disk", UNDEFINED, None, limit, projected["reason"])
     value = projected["bytes"] / max(free, 1)
-    text = f"The full generation takes {projected['bytes'] / 1e6:.3g} MB, {value:.1%} of what is free; at most {limit:.0%} may be."
+    text = f"The full generation takes {projected['bytes'] / 1e6:.3g} MB, {100 * value:.2g} % of what is free; at most {_percent(limit)} may be."
     return _check("disk", value, limit, value <= limit, text)

@@ -68,7 +68,7 @@ def test_acceptance_is_that_of_the_worst_class_that_was_generated() -> None:
     rows = [entry(30, 32, "good"), entry(6, 32, "bad"), entry(0, 0, "unwanted")]
     found = pilot.acceptance_check(rows, 0.2)
     assert (found.outcome, found.value, found.limit) == (FAIL, 6 / 32, 0.2)
-    assert "class bad" in found.sentence and "6 of 32 (19%, 95 % interval 7 to 36 %)" in found.sentence
+    assert "class bad" in found.sentence and "6 of 32 (19 %, 95 % interval 7 to 36 %)" in found.sentence
     assert pilot.acceptance_check(rows, 6 / 32).outcome == PASS
 
 
