@@ -141,8 +141,10 @@ def outlier_check(found: Mapping[str, Any] | None, limit: float, reason: str = "
 
 def kid_check(row: Mapping[str, Any] | None, noise: float) -> Check:
     """KID to training against that of held-out images under noise; `row` is that of class "all", see `kid_rows`."""
-    if row is None or row["value"] is None or row["limit"] is None:
-        return Check("kid", UNDEFINED, row and row["value"], row and row["limit"], row["note"] if row else NOTHING_READABLE)
+    if row is None:
+        return Check("kid", UNDEFINED, None, None, NOTHING_READABLE)
+    if row["value"] is None or row["limit"] is None:
+        return Check("kid", UNDEFINED, row["value"], row["limit"], row["note"])
     text = (
         f"KID to training is {row['value']:.4g} (95 % interval {row['low']:.4g} to {row['high']:.4g}); held-out real images have {row['floor']:.4g}, "
         f"and {row['limit']:.4g} under noise of {_percent(noise)} of their contrast, which is the most it may be."
