@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
@@ -133,6 +133,7 @@ def test_nothing_accepted_has_no_end_and_no_rate_has_no_time() -> None:
     assert (still["generate"], still["seconds"], still["memory_bytes"]) == (20, None, None) and "rate" in still["reason"]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 64), st.integers(0, 64))
 def test_enough_images_are_made_and_never_fewer_than_wanted(wanted: int, generated: int, passed: int) -> None:
     passed = min(passed, generated)
