@@ -145,7 +145,7 @@ def run_pilot(
     cohort = read_cohort(cohort_dir, verify=True)
     job = _Pilot(bundle, cohort, Path(run), Path(out), options, profile, settings, stages["generating"], seed, tracked)
     wanted = wanted_counts(cohort, job.config, options)
-    with storage.locked(job.out), track("pilot", name=f"pilot {Path(bundle).name}", **tracked) as record:
+    with storage.locked(job.out):
         synthetic, rate = job.generate([options.per_class if count else 0 for count in wanted])
         gated = job.judge()
         measured = job.measure(synthetic, gated, limits)
@@ -159,10 +159,12 @@ def run_pilot(
         result |= {"limits": asdict(limits), "acceptance": [asdict(entry) for entry in gated.acceptance], **measured}
         storage.write_json(job.out / RESULT_FILE, result)
         write_pilot_report(job.out / "report.html", cohort, synthetic, result, gated.verdicts)
-        record.log_params(facts)
-        record.log_metrics({"go": float(result["go"]), **{check.name: check.value for check in found}})
-        record.log_table(result["checks"], "pilot_checks")
-        record.log_artifact(job.out / "report.html")
+        # Only now, as the stages have runs of their own, and MLflow's thread imports modules while MONAI looks through them.
+        with track("pilot", name=f"pilot {Path(bundle).name}", **tracked) as record:
+            record.log_params(facts)
+            record.log_metrics({"go": float(result["go"]), **{check.name: check.value for check in found}})
+            record.log_table(result["checks"], "pilot_checks")
+            record.log_artifact(job.out / "report.html")
     return result
 
 
