@@ -126,6 +126,16 @@ def gate_path(name_or_path: str | os.PathLike[str]) -> Path:
     return _config_path("gate", name_or_path)
 
 
+def list_pilots() -> list[str]:
+    """Names of the shipped limits of a pilot, sorted."""
+    return _list_configs("pilots")
+
+
+def pilot_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """Absolute path of a file of limits; arguments and errors as `profile_path` (code `pilot-unknown`)."""
+    return _config_path("pilot", name_or_path)
+
+
 def _list_configs(folder: str) -> list[str]:
     return sorted(path.stem for path in (configs_root() / folder).glob("*.yaml"))
 

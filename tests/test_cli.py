@@ -216,6 +216,7 @@ def test_version_and_bundles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         "gate",
         "grade",
         "augment",
+        "pilot",
         "import",
         "quickstart",
         "bundles",

@@ -48,10 +48,24 @@ ALLOWED: dict[str, frozenset[str]] = {
     "workflow": BASE | {"assets"},
     "stages": UPPER | {"grading", "generation"},
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
+    "pilot": UPPER | {"stages", "workflow", "augment"},
     "experiment": UPPER | {"stages", "workflow"},
     "feedback": UPPER | {"stages", "workflow"},
     "cli": UPPER
-    | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "evidence", "pacs", "cli"},
+    | {
+        "generation",
+        "grading",
+        "stages",
+        "workflow",
+        "augment",
+        "pilot",
+        "experiment",
+        "feedback",
+        "export",
+        "evidence",
+        "pacs",
+        "cli",
+    },
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "prompts", "assets", "cli")

@@ -224,14 +224,20 @@ def children_of(client, run_id: str):
 def test_a_child_is_written_once_and_again_only_for_other_content(store, client):
     def log(run, content, score):
         curve = [(step, {"curve/loss": 1 / step}) for step in (1, 2)]
-        run.log_child("arm's net seed 0", content, params={"recipe": {"rate": 0.1}}, metrics={"test/accuracy": score}, curve=curve)
+        run.log_child(
+            "arm's net seed 0", content, params={"recipe": {"rate": 0.1}}, metrics={"test/accuracy": score}, curve=curve
+        )
 
     with track("grading", name="parent", uri=store) as run:
         log(run, "a", 0.5)
         log(run, "a", 0.9)  # the same content: nothing is done
         run_id = run.run_id
     (child,) = children_of(client, run_id)
-    assert (child.info.status, child.data.params, child.data.metrics["test/accuracy"]) == ("FINISHED", {"recipe.rate": "0.1"}, 0.5)
+    assert (child.info.status, child.data.params, child.data.metrics["test/accuracy"]) == (
+        "FINISHED",
+        {"recipe.rate": "0.1"},
+        0.5,
+    )
     assert [point.step for point in client.get_metric_history(child.info.run_id, "curve/loss")] == [1, 2]
     client.update_run(child.info.run_id, status="RUNNING")  # as if the process was killed while it was written
     with track("grading", name="parent", uri=store) as other:

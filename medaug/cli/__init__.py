@@ -22,6 +22,7 @@ from medaug.cli import (  # noqa: F401 - registers their commands
     intake,
     labels,
     pacs,
+    pilot,
     readers,
     replay,
     stages,

@@ -54,9 +54,7 @@ def amounts(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            "option-malformed", f"{option} takes a number, or several separated by commas, got {text!r}."
-        ) from None
+        raise ConfigError("option-malformed", f"{option} takes a number, or several separated by commas, got {text!r}.") from None
 
 
 def named(parts: Sequence[str], option: str) -> dict[str, str]:

@@ -134,7 +134,17 @@ def _draw(
         if low:
             # A percentile interval need not hold the value itself.
             ranges = [[max(0.0, one[middle] - one[low]), max(0.0, one[high] - one[middle])] for one in shown]
-            axis.errorbar(x, y, yerr=list(zip(*ranges, strict=True)), color=colour, marker="o", markersize=4, linewidth=1.2, capsize=2, label=base)
+            axis.errorbar(
+                x,
+                y,
+                yerr=list(zip(*ranges, strict=True)),
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.2,
+                capsize=2,
+                label=base,
+            )
         else:
             axis.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.2, label=base)
         chosen = [number for number, point in enumerate(shown) if star and point["chosen"]]

@@ -106,9 +106,7 @@ def forest_figure(verdict: Mapping[str, Any], metric: str) -> Figure:
     return figure
 
 
-def _forest(
-    axis: Any, title: str, networks: Mapping[str, Any], overall: Mapping[str, Any], entry: Mapping[str, Any]
-) -> None:
+def _forest(axis: Any, title: str, networks: Mapping[str, Any], overall: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
     """One panel: a line per network, the one of all networks below in the colour of the verdict."""
     known = [one["difference"] for one in networks.values() if one["difference"] is not None]
     wins = f"{sum(value > 0 for value in known)} of {len(known)} networks won"
@@ -151,7 +149,9 @@ def confusion_figure(rows: Sequence[Row], arms: Iterable[str], classes: Sequence
         first, lowest = number % columns == 0, number + columns >= len(counts)
         sizes = [f"{name} (n = {total:g})" for name, total in zip(names, support[:, 0], strict=True)]
         axis.set_yticks(places, sizes if first else [""] * len(classes), fontsize=8)
-        axis.set_xticks(places, names if lowest else [""] * len(classes), rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_xticks(
+            places, names if lowest else [""] * len(classes), rotation=35, ha="right", rotation_mode="anchor", fontsize=8
+        )
     for axis in panels[len(counts) :]:
         axis.set_axis_off()
     figure.supxlabel("predicted", fontsize=10)

@@ -206,9 +206,7 @@ def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
         given = [case for source in arm.added() for case in source.cohort.training]
         unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
         if unknown:
-            notes.append(
-                f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients."
-            )
+            notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients.")
         if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, name, trusted=True):
             notes.append(f"Nothing shows that the teacher of arm {name} never saw the test patients.")
         if any((case.lineage or {}).get("weights_trusted") for case in given):

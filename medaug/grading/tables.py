@@ -15,7 +15,9 @@ METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "auc", "quadratic_kappa"
 ALL = "all"  # in the place of a network's name
 _ONE_PAGE = 45  # lines of a LaTeX table that fit on it
 # Names are letters, digits and a few signs, but classes and metrics may come from anywhere.
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    sign: f"\\{sign}" for sign in "&%$#_{}"
+}
 
 __all__ = ["ALL", "METRICS", "interval", "latex_escape", "latex_table", "markdown_table", "number", "table_rows", "won"]
 
@@ -57,7 +59,9 @@ def _line(arm: str, network: str, runs: Sequence[Row], entry: Mapping[str, Any] 
 
 
 def _wins(network: str, entry: Mapping[str, Any] | None) -> dict[str, int | None]:
-    differences = [] if entry is None else [one["difference"] for name, one in entry["per_network"].items() if network in (name, ALL)]
+    differences = (
+        [] if entry is None else [one["difference"] for name, one in entry["per_network"].items() if network in (name, ALL)]
+    )
     known = [value for value in differences if value is not None]
     return {"won": sum(value > 0 for value in known) if known else None, "num_networks": len(known) or None}
 

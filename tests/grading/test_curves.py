@@ -21,7 +21,9 @@ def arm(base, ratio=None, part=None):
     return Arm(name, variant=Variant(base, ratio, part))
 
 
-ARMS = [arm(base, ratio, part) for base in ("none", "a") for part in (0.5, 1) for ratio in ((None,) if base == "none" else (1, 2))]
+ARMS = [
+    arm(base, ratio, part) for base in ("none", "a") for part in (0.5, 1) for ratio in ((None,) if base == "none" else (1, 2))
+]
 SCORES = {"none@real0.5": 0.5, "none@real1": 0.6, "a@1@real0.5": 0.7, "a@2@real0.5": 0.65, "a@1@real1": 0.62, "a@2@real1": 0.55}
 OPPONENTS = {one.name: Opponents(f"none@real{one.variant.real_fraction:g}") for one in ARMS if one.base == "a"}
 
@@ -31,7 +33,9 @@ def points():
     """Scores with a known spread: resamples are the score plus -0.1 ... 0.1, the same ones for every arm."""
     noise = np.concatenate([[0], np.linspace(-0.1, 0.1, 201)])
     pooled = {name: score + noise for name, score in SCORES.items()}
-    scores = Scores(METRIC, {(name, "n"): values for name, values in pooled.items()}, pooled, {n: [s] for n, s in SCORES.items()}, 9)
+    scores = Scores(
+        METRIC, {(name, "n"): values for name, values in pooled.items()}, pooled, {n: [s] for n, s in SCORES.items()}, 9
+    )
     choices = [Choice("a", "a@1@real0.5", 1, 0.5, {}), Choice("a", "a@2@real1", 2, 1, {})]
     validation = {(name, network): score + shift for name, score in SCORES.items() for network, shift in (("n", 0), ("k", 0.1))}
     return curve_points(ARMS, choices, scores, OPPONENTS, validation)
@@ -90,14 +94,21 @@ def predictions():
         preds = np.where(draw.random((3, 60)) < rate, target, (target + 1) % 3)
         return np.eye(3)[preds]
 
-    cells = {(name, network): probs(rate) for name, rate in (("none", 0.5), ("oversample", 0.5), ("good", 0.95)) for network in "ab"}
+    cells = {
+        (name, network): probs(rate) for name, rate in (("none", 0.5), ("oversample", 0.5), ("good", 0.95)) for network in "ab"
+    }
     return Predictions(target, [f"g{index // 2}" for index in range(60)], cells, dict.fromkeys(cells))
 
 
 def test_differences_of_one_network_are_those_of_the_paired_bootstrap(predictions):
     scores = score_cells(predictions, METRIC, num_resamples=100)
     direct = paired_bootstrap(
-        predictions.target, predictions.groups, predictions.probs["good", "a"], predictions.probs["none", "a"], METRIC, num_resamples=100
+        predictions.target,
+        predictions.groups,
+        predictions.probs["good", "a"],
+        predictions.probs["none", "a"],
+        METRIC,
+        num_resamples=100,
     )
     assert scores.compare_networks("good", "none")["a"] == direct
     assert scores.interval("none")[1] < scores.interval("none")[0] < scores.interval("none")[2]
