@@ -195,7 +195,7 @@ def test_version_and_bundles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "command", ["intake", "train", "generate", "gate", "grade", "augment", "import", "quickstart", "bundles"]
+    "command", ["intake", "train", "generate", "gate", "grade", "augment", "import", "quickstart", "bundles", "evidence"]
 )
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

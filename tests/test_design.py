@@ -40,6 +40,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "quality": LOWER | {"diffusion", "training", "quality", "tracking"},
     "intake": LOWER | {"intake", "tracking"},
     "export": BASE | {"io", "export"},
+    "evidence": BASE | {"evidence"},
     "pacs": BASE | {"io", "pacs"},
     "generation": MIDDLE | {"generation", "assets"},
     "grading": MIDDLE | {"grading", "assets"},
@@ -48,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
     "experiment": UPPER | {"stages", "workflow"},
     "feedback": UPPER | {"stages", "workflow"},
-    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "pacs", "cli"},
+    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "evidence", "pacs", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "prompts", "assets", "cli")
