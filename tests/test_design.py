@@ -49,7 +49,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
     "experiment": UPPER | {"stages", "workflow"},
     "feedback": UPPER | {"stages", "workflow"},
-    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "evidence", "pacs", "cli"},
+    "cli": UPPER
+    | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "evidence", "pacs", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "prompts", "assets", "cli")
