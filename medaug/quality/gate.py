@@ -17,7 +17,8 @@ from medaug.errors import ConfigError, DataError
 from medaug.quality.checks import ACCEPT, CHECKS, LABEL_SOURCES, Finding, GateContext
 from medaug.quality.feature_cache import FeatureCache
 from medaug.quality.gate_config import CheckSpec, PlannedCheck, plan_checks, without_folders
-from medaug.quality.gate_output import log_gate, summary_of, write_accepted, write_unlabelled, write_verdicts
+from medaug.quality.gate_output import summary_of, write_accepted, write_unlabelled, write_verdicts
+from medaug.quality.gate_tracking import log_gate
 from medaug.quality.membership import membership_of_run
 from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
 from medaug.quality.review import apply_review, read_reviews, review_facts
@@ -140,7 +141,7 @@ def run_gate(
         summary = summary_of(context, names, verdicts, acceptance, config)
         write_verdicts(out, context, verdicts, summary)
         write_review(out, real, synthetic, [verdict.to_json(real.classes) for verdict in judged], decisions)
-        log_gate(tracking, context, verdicts, summary)
+        log_gate(tracking, context, verdicts, summary, out)
         made = created_by("medaug gate", config, seed)
         write_unlabelled(out, context, names, verdicts, made)
         short = [entry.name for entry in acceptance if entry.short]

@@ -1,4 +1,4 @@
-"""What the gate writes: verdicts, quarantine, report, the accepted cohort, and its MLflow records."""
+"""What the gate writes: verdicts, quarantine, report and the accepted cohort."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medaug import cohort as cohorts
 from medaug import storage
@@ -17,12 +17,9 @@ from medaug.quality.checks import ACCEPT, QUARANTINE, GateContext
 from medaug.quality.copy_pictures import write_copy_pictures
 from medaug.quality.copy_ruler import real_cases
 from medaug.quality.fidelity import Estimate, kid
-from medaug.quality.report import class_sheets, write_report
+from medaug.quality.report import REPORT_NAME, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
 from medaug.replay_record import carry_record
-
-if TYPE_CHECKING:
-    from medaug.tracking import Run
 
 FORMAT = 1
 GATE_NAME = "gate.json"
@@ -33,7 +30,7 @@ _FILTER_FACTS = (
     "seed",
 )  # fmt: skip
 
-__all__ = ["log_gate", "summary_of", "write_accepted", "write_unlabelled", "write_verdicts"]
+__all__ = ["summary_of", "write_accepted", "write_unlabelled", "write_verdicts"]
 
 
 def _fidelity(context: GateContext, accepted: Sequence[Case]) -> list[dict[str, Any]]:
@@ -98,7 +95,7 @@ def write_verdicts(out: Path, context: GateContext, verdicts: Sequence[Verdict],
     ]
     storage.write_csv(out / "quarantine.csv", rows, cohorts.QUARANTINE_COLUMNS)
     storage.write_json(out / GATE_NAME, summary)
-    write_report(out / "report.html", context.cohort, context.synthetic, summary)
+    write_report(out / REPORT_NAME, context.cohort, context.synthetic, summary)
     storage.write_json(out / "report.json", {key: value for key, value in summary.items() if key != "verdicts"})
 
 
@@ -181,21 +178,3 @@ def _write_cases(
     name = f"{context.synthetic.name} {what}"
     cohort = replace(context.synthetic, name=name, training=tuple(cases), fit_on=unions, created_by=made, notes=notes, root=out)
     return write_cohort(cohort, out)
-
-
-def log_gate(run: Run | None, context: GateContext, verdicts: Sequence[Verdict], summary: Mapping[str, Any]) -> None:
-    """The gate's tables, rates and sheets; class names are labels, so no patient is named."""
-    if run is None:
-        return
-    run.log_params(summary["config"])
-    run.log_cohort(context.cohort, "reference")
-    run.log_cohort(context.synthetic, "synthetic")
-    metrics = {f"acceptance.{row['name']}": row["rate"] for row in summary["acceptance"]}
-    metrics["accepted"] = sum(row["accepted"] for row in summary["acceptance"])
-    metrics["copy_rate"] = (summary.get("copies") or {}).get("rate")
-    metrics["filter_accuracy"] = ((summary.get("filter") or {}).get("validation") or {}).get("accuracy")
-    run.log_metrics(metrics)
-    run.log_table(summary["acceptance"], "gate_acceptance")
-    run.log_table([{**row, "reasons": " ".join(row["reasons"])} for row in summary["verdicts"]], "gate_verdicts")
-    for step, sheet in enumerate(class_sheets(context.cohort, context.synthetic, summary["verdicts"])):
-        run.log_image(sheet, "gate/real accepted quarantined rejected", step)

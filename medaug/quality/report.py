@@ -11,14 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from medaug import __version__, storage
 from medaug.cohort import Case, Cohort
-from medaug.quality.thumbnails import png_uri, read_image
+from medaug.quality.distance_figure import distance_figure
+from medaug.quality.thumbnails import figure_uri, png_uri, read_image
 
+REPORT_NAME = "report.html"
 PER_ROW = 12
 PAIRS = 12
 ROWS = ("real", "accept", "quarantine", "reject")
 _GAP = 2
 
-__all__ = ["class_sheets", "contact_sheet", "write_report"]
+__all__ = ["REPORT_NAME", "class_sheets", "contact_sheet", "write_report"]
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray | None]], columns: int, size: int, channels: int = 1) -> np.ndarray:
@@ -85,12 +87,14 @@ def write_report(path: Path, real: Cohort, synthetic: Cohort, summary: Mapping[s
     scale = max(1, 64 // real.image_size)
     sheets = [png_uri(sheet, scale) for sheet in class_sheets(real, synthetic, summary["verdicts"])]
     pairs = nearest_pairs(real, synthetic, summary["verdicts"])
+    distances = distance_figure(summary)
     environment = Environment(loader=PackageLoader("medaug.quality", "."), autoescape=True, undefined=StrictUndefined)
     text = environment.get_template("gate.html.j2").render(
         summary=summary,
         classes=real.classes,
         name=synthetic.name,
         version=__version__,
+        distances=None if distances is None else figure_uri(distances),
         sheets=list(zip(real.classes, sheets, strict=True)),
         pairs=None if pairs is None else {"sheet": png_uri(pairs[0], scale), "rows": pairs[1]},
     )

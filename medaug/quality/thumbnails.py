@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -12,9 +13,12 @@ from medaug.cohort import Case, Cohort
 from medaug.errors import DataError
 from medaug.io.raster import read_unit_png
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIDE = 256  # pixels; a larger image is made smaller
 
-__all__ = ["SIDE", "png_uri", "read_image", "thumbnail_uri"]
+__all__ = ["SIDE", "figure_uri", "png_uri", "read_image", "thumbnail_uri"]
 
 
 def read_image(cohort: Cohort, case: Case) -> np.ndarray | None:
@@ -39,6 +43,13 @@ def thumbnail_uri(image: np.ndarray, side: int = SIDE) -> str:
     return _uri(picture)
 
 
+def figure_uri(figure: Figure) -> str:
+    """A matplotlib figure as a ``data:`` address for HTML; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return _address(buffer)
+
+
 def _eight_bits(image: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(image.clip(0, 1) * 255).astype(np.uint8))
 
@@ -46,4 +57,8 @@ def _eight_bits(image: np.ndarray) -> Image.Image:
 def _uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
+    return _address(buffer)
+
+
+def _address(buffer: io.BytesIO) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

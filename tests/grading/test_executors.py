@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from medaug.grading.arms import Arm
 from medaug.grading.benchmark import run_benchmark
 from medaug.grading.executors import EXECUTORS, Failure, check_executor, usable_cores
 from medaug.grading.recipe import grading_recipe
+from medaug.networks.grading import TEN_NETWORKS
+from medaug.phantom import write_phantom_export
 from medaug.training.steps import one_thread
 
 # A test run in the background ignores SIGINT, and so would the command that inherits it.
@@ -68,8 +71,12 @@ def test_workers_do_every_task_once_each_on_its_core(tmp_path):
     assert steps == {1: 1, 3: 3, 4: 4}
 
 
-def test_the_task_of_a_killed_worker_is_done_again(tmp_path):
-    outcomes, steps = run(partial(dies_once, str(tmp_path)), [0, 1, 2, 3], workers=2)
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_the_task_of_a_killed_worker_is_done_again(tmp_path, executor):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    outcomes, steps = run(partial(dies_once, str(tmp_path)), [0, 1, 2, 3], 2, executor)
+    assert (tmp_path / "1").exists()
     assert outcomes == {number: number for number in range(4)}
     assert steps == dict.fromkeys(range(4), 10)  # the steps of the lost attempt are taken back
 
@@ -139,6 +146,34 @@ def test_rows_do_not_depend_on_the_executor(tmp_path, make_cohort, executor):
     rows = grid(cohort, tmp_path / "one")
     assert grid(cohort, tmp_path / "two", executor, workers=2) == rows
     assert row_bytes(tmp_path / "two") == row_bytes(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_ten_networks_on_the_phantom_have_the_same_rows_from_both_executors(tmp_path):
+    """As a user would: the phantom's DICOM export taken in, all ten networks, the tiny profile."""
+    pytest.importorskip("ray")
+    export, cohort = tmp_path / "export", tmp_path / "cohort"
+    table = write_phantom_export(export, num_patients=32, size=48)
+    words = ["intake", export, "--labels", table, "--key", "sop", "--label-column", "grade", "--group-column", "patient_id"]
+    _medaug([*words, "--image-size", "32", "--ordinal", "--burned-in", "keep", "--out", cohort])
+    summaries = {}
+    for executor in ("local", "ray"):
+        words = ["grade", "--cohort", cohort, "--out", tmp_path / executor, "--arm", "none", "--networks", "all", "--seeds", "1"]
+        summaries[executor] = _medaug([*words, "--profile", "tiny", "--workers", "2", "--executor", executor, "--json"])
+    assert summaries["local"]["failed"] == summaries["ray"]["failed"] == []
+    assert sorted(row["network"] for row in summaries["local"]["rows"]) == sorted(TEN_NETWORKS)
+    assert row_bytes(tmp_path / "local") == row_bytes(tmp_path / "ray")
+    assert len(row_bytes(tmp_path / "ray")) == 10
+
+
+def _medaug(words):
+    """Run the command; its summary."""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{words[words.index('--out') + 1]}.db"}
+    command = [sys.executable, "-m", "medaug", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout) if "--json" in words else None
 
 
 def _start(cohort, out, workers):

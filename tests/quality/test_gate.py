@@ -186,7 +186,7 @@ def test_gate_json_and_report(gate, tmp_path):
     assert sum(map(sum, data["agreement"])) == 3 * (GOOD + 2)
     assert data["copies"]["n"] == 3 * (GOOD + 2) and data["copies"]["basis"] == "other groups of training"
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 4 and "Nearest pairs" in html and "class2" in html
+    assert html.count("data:image/png;base64,") == 5 and "Nearest pairs" in html and "class2" in html
     assert str(tmp_path) not in html and str(tmp_path) not in json.dumps(data)
 
 
@@ -217,7 +217,7 @@ class Recorder:
 def test_tables_and_sheets_are_tracked(gate):
     run = Recorder()
     gate(tracking=run)
-    assert [args[1] for args in run.calls["log_table"]] == ["gate_acceptance", "gate_verdicts"]
+    assert [args[1] for args in run.calls["log_table"]] == ["gate_acceptance", "gate_reasons", "gate_verdicts"]
     assert [args[1] for args in run.calls["log_cohort"]] == ["reference", "synthetic", "accepted"]
     assert len(run.calls["log_image"]) == 3 and run.calls["log_metrics"][0][0]["accepted"] > 0
 
