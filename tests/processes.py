@@ -16,7 +16,7 @@ import torch
 from medaug.training import distributed
 
 
-def together(work: Callable[[int], Any], size: int = 2, seconds: float = 120) -> list[int]:
+def together(work: Callable[[int], Any], size: int = 2, seconds: float = 300) -> list[int]:
     """Call ``work(rank)`` in every one of `size` processes of one group. Returns their exit codes: 0, 1 for an exception, -9 for killed.
 
     Unlike torchrun it leaves the others alone when one fails. Who is not done in `seconds` is killed.

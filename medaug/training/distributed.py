@@ -47,12 +47,16 @@ def local_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise ConfigError("device-shared", f"Several processes need device_name auto, cpu or cuda, since each has its own; got {name!r}.")
+        raise ConfigError(
+            "device-shared", f"Several processes need device_name auto, cpu or cuda, since each has its own; got {name!r}."
+        )
     if name == "cpu":
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
-        raise ConfigError("device-missing", f"torchrun started more than {count} process(es) on {count} CUDA device(s); lower --nproc_per_node.")
+        raise ConfigError(
+            "device-missing", f"torchrun started more than {count} process(es) for {count} CUDA device(s); lower --nproc_per_node."
+        )
     return torch.device("cuda", local)
 
 
@@ -139,7 +143,7 @@ def refuse_difference(value: Any) -> None:
     if any(other != found[0] for other in found):
         raise ConfigError(
             "processes-differ",
-            "The processes have different settings, cohorts or checkpoints; start all by one command, with folders that every machine sees.",
+            "The processes have different settings, cohorts or checkpoints; start all by one command, on folders that all machines see.",
         )
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +202,33 @@ def test_drop_out_of_the_shares_is_that_of_the_joined_batch(tmp_path: Path) -> N
 
 # --- the law: one run -------------------------------------------------------------------------------------------------
 
-# A bundle, an overlay, and how far the weights of two processes may be from those of one after six steps. SGD moves a weight in proportion to
-# its gradient, so what remains is float32 rounding; Adam divides by the gradient's size, and would blow up the rounding of weights
-# whose gradient is 0, such as a bias in front of a normalisation, to a whole step.
+# SGD moves a weight in proportion to its gradient, so what remains is rounding: 2e-7 at most was seen after six steps. Adam divides by the
+# gradient's size, and would blow up the rounding of a gradient of 0, as of a bias in front of a normalisation, to a whole step.
 SGD = {"optimizer": {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.05}}
 SGD_CRITIC = {"critic_optimizer": {"_target_": "torch.optim.SGD", "params": "$@critic.parameters()", "lr": 0.05}}
+# EfficientNet normalises a picture of 16 px by the few values its last maps have, some fifty times over: each step multiplies rounding by
+# about 1e5 for 4 images. In float64, with 16 images, 5e-8 is left after six steps.
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
     ("bundle", "overlay"),
-    [("guided_ddpm", None), ("bottleneck_perturbation", None), ("text_to_image", None), ("uncertainty_guidance", "classifier"), ("dagan", None)],
+    [
+        pytest.param("guided_ddpm", None, marks=pytest.mark.usefixtures("double")),
+        ("bottleneck_perturbation", None),
+        ("text_to_image", None),
+        ("uncertainty_guidance", "classifier"),
+        ("dagan", None),
+    ],
 )
 def test_two_processes_end_with_the_weights_of_one(cohort: Cohort, tmp_path: Path, bundle: str, overlay: str | None) -> None:
-    plain = SGD | (SGD_CRITIC if bundle == "dagan" else {})
+    plain = SGD | {"batch_size": 16} | (SGD_CRITIC if bundle == "dagan" else {})
     one = train(bundle, cohort, tmp_path / "one", overlay, **plain)
 
     def work(rank: int) -> None:
@@ -224,15 +238,15 @@ def test_two_processes_end_with_the_weights_of_one(cohort: Cohort, tmp_path: Pat
     two = read_run(tmp_path / "two")
     assert (two.config_sha256, two.iterations) == (one.config_sha256, one.iterations) == (one.config_sha256, 6)
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    fresh = tmp_path / "fresh"
-    train(bundle, cohort, fresh, overlay, epoch_length=1, max_epochs=1, **plain | {"optimizer": plain["optimizer"] | {"lr": 0.0}})
-    assert largest_difference(tmp_path / "one", fresh) > 1e-3  # six steps go further than the tolerance
+    still = plain | {"optimizer": SGD["optimizer"] | {"lr": 0.0}, "max_epochs": 1}
+    train(bundle, cohort, tmp_path / "still", overlay, **still)
+    assert largest_difference(tmp_path / "one", tmp_path / "still") > 1e-3  # training goes further than the tolerance
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
 
 
 def test_a_lost_process_ends_the_other_and_the_run_goes_on_with_any_number(cohort: Cohort, tmp_path: Path) -> None:
     def whole(rank: int) -> None:
-        train("guided_ddpm", cohort, tmp_path / "whole", **SGD)
+        train("bottleneck_perturbation", cohort, tmp_path / "whole", **SGD)
 
     def lost(out: Path) -> Callable[[int], Any]:
         def work(rank: int) -> None:
@@ -246,7 +260,7 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on_with_any_number(cohor
                 return take(self, engine, batch)
 
             GuidedIteration.__call__ = failing  # type: ignore[method-assign]
-            train("guided_ddpm", cohort, out, **SGD)
+            train("bottleneck_perturbation", cohort, out, **SGD)
 
         return work
 
@@ -254,9 +268,9 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on_with_any_number(cohor
     for name in ("two", "one"):
         assert together(lost(tmp_path / name), seconds=60) == [1, -signal.SIGKILL]
         assert (tmp_path / name / "checkpoint" / FILE_NAME).is_file() and not (tmp_path / name / RUN_FILE).exists()
-    assert together(lambda rank: train("guided_ddpm", cohort, tmp_path / "two", **SGD)) == [0, 0]
+    assert together(lambda rank: train("bottleneck_perturbation", cohort, tmp_path / "two", **SGD)) == [0, 0]
     assert (tmp_path / "two" / WEIGHTS_FILE).read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
-    assert train("guided_ddpm", cohort, tmp_path / "one", **SGD).iterations == 6
+    assert train("bottleneck_perturbation", cohort, tmp_path / "one", **SGD).iterations == 6
     assert largest_difference(tmp_path / "one", tmp_path / "whole") < 1e-5
 
 
@@ -314,10 +328,10 @@ def test_every_bundle_has_the_overlay(cohort: Cohort, tmp_path: Path, bundle: st
 
 # --- as a user starts it ----------------------------------------------------------------------------------------------
 
-SIZES = {
-    "guided_ddpm": {"network_settings#backbone_options": BACKBONE},
-    "bottleneck_perturbation": {"network_settings#backbone_options": BACKBONE},
-    "dagan": DAGAN,
+SIZES: dict[str, dict[str, Any]] = {
+    "guided_ddpm": SGD | {"network_settings#backbone_options": BACKBONE, "max_epochs": 1},  # a second step: see above
+    "bottleneck_perturbation": SGD | {"network_settings#backbone_options": BACKBONE, "max_epochs": 3},
+    "dagan": SGD | SGD_CRITIC | DAGAN | {"max_epochs": 3},
 }
 
 
@@ -343,14 +357,14 @@ def recorded(folder: Path) -> list[str]:
 @pytest.mark.integration
 @pytest.mark.parametrize("bundle", list(SIZES))
 def test_torchrun_trains_what_one_process_trains(cohort: Cohort, tmp_path: Path, bundle: str) -> None:
-    sizes = SIZES[bundle] | {"max_epochs": 1, "epoch_length": 4, "batch_size": 4, "preview_every": 1}
+    sizes = SIZES[bundle] | {"epoch_length": 1, "batch_size": 16, "preview_every": 3}
     started = torchrun(bundle, cohort, tmp_path, **sizes)
-    _, errors = started.communicate(timeout=300)
+    _, errors = started.communicate(timeout=900)
     assert started.returncode == 0, errors[-3000:]
     assert recorded(tmp_path) == ["FINISHED"]
-    assert errors.count("training ") <= 40 and len(list((tmp_path / "run" / "samples").iterdir())) == 1
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
     train(bundle, cohort, tmp_path / "one", **sizes)
-    assert read_run(tmp_path / "run").iterations == 4
+    assert read_run(tmp_path / "run").iterations == sizes["max_epochs"]
     assert largest_difference(tmp_path / "one", tmp_path / "run") < 1e-4
 
 
@@ -370,12 +384,12 @@ def children(pid: int) -> dict[int, int]:
 def test_torchrun_ends_when_a_process_is_killed(cohort: Cohort, tmp_path: Path) -> None:
     sizes = SIZES["guided_ddpm"] | {"max_epochs": 100_000, "epoch_length": 2, "batch_size": 4, "preview_every": 0}
     started = torchrun("guided_ddpm", cohort, tmp_path, **sizes)
-    checkpoint, limit = tmp_path / "run" / "checkpoint" / FILE_NAME, time.monotonic() + 200
+    checkpoint, limit = tmp_path / "run" / "checkpoint" / FILE_NAME, time.monotonic() + 600
     while not checkpoint.is_file() and started.poll() is None and time.monotonic() < limit:
         time.sleep(0.1)
     processes = children(started.pid)
     os.kill(processes[1], signal.SIGKILL)
-    _, errors = started.communicate(timeout=100)
+    _, errors = started.communicate(timeout=300)
     assert started.returncode not in (0, None), errors[-3000:]
     assert not Path(f"/proc/{processes[0]}").exists()
     assert recorded(tmp_path)[0] in ("FAILED", "KILLED") and not (tmp_path / "run" / RUN_FILE).exists()
