@@ -211,8 +211,8 @@ SGD_CRITIC = {"critic_optimizer": {"_target_": "torch.optim.SGD", "params": "$@c
 
 
 @pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
+def precision(bundle: str) -> Iterator[None]:
+    torch.set_default_dtype(torch.float64 if bundle == "guided_ddpm" else torch.float32)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -220,13 +220,14 @@ def double() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("bundle", "overlay"),
     [
-        pytest.param("guided_ddpm", None, marks=pytest.mark.usefixtures("double")),
+        ("guided_ddpm", None),
         ("bottleneck_perturbation", None),
         ("text_to_image", None),
         ("uncertainty_guidance", "classifier"),
         ("dagan", None),
     ],
 )
+@pytest.mark.usefixtures("precision")
 def test_two_processes_end_with_the_weights_of_one(cohort: Cohort, tmp_path: Path, bundle: str, overlay: str | None) -> None:
     plain = SGD | {"batch_size": 16} | (SGD_CRITIC if bundle == "dagan" else {})
     one = train(bundle, cohort, tmp_path / "one", overlay, **plain)
