@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -342,15 +343,22 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def torchrun(bundle: str, cohort: Cohort, folder: Path, **overrides: Any) -> subprocess.Popen[str]:
-    """The documented command, with MLflow in `folder`, from another working directory."""
+@contextmanager
+def torchrun(bundle: str, cohort: Cohort, folder: Path, **overrides: Any) -> Iterator[subprocess.Popen[str]]:
+    """The documented command, with MLflow in `folder`, from another working directory; ended with the block."""
     options = {"config_file": files(bundle), "dataset_dir": cohort.root, "output_dir": folder / "run", "device_name": "cpu"} | overrides
     options |= {"tracking#uri": f"sqlite:///{folder / 'mlflow.db'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # torchrun, on a free port
     command += ["-m", "monai.bundle", "run", "training"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(assets.bundles_root().parent), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as started:
+        try:
+            yield started
+        finally:
+            started.terminate()  # torchrun hands it on to its processes
 
 
 def recorded(folder: Path) -> list[str]:
@@ -365,8 +373,8 @@ def recorded(folder: Path) -> list[str]:
 @pytest.mark.parametrize("bundle", list(SIZES))
 def test_torchrun_trains_what_one_process_trains(cohort: Cohort, tmp_path: Path, bundle: str) -> None:
     sizes = SIZES[bundle] | {"epoch_length": 1, "batch_size": 16, "preview_every": 3}
-    started = torchrun(bundle, cohort, tmp_path, **sizes)
-    _, errors = started.communicate(timeout=900)
+    with torchrun(bundle, cohort, tmp_path, **sizes) as started:
+        _, errors = started.communicate(timeout=900)
     assert started.returncode == 0, errors[-3000:]
     assert recorded(tmp_path) == ["FINISHED"]
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
@@ -390,13 +398,13 @@ def children(pid: int) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
 def test_torchrun_ends_when_a_process_is_killed(cohort: Cohort, tmp_path: Path) -> None:
     sizes = SIZES["guided_ddpm"] | {"max_epochs": 100_000, "epoch_length": 2, "batch_size": 4, "preview_every": 0}
-    started = torchrun("guided_ddpm", cohort, tmp_path, **sizes)
     checkpoint, limit = tmp_path / "run" / "checkpoint" / FILE_NAME, time.monotonic() + 600
-    while not checkpoint.is_file() and started.poll() is None and time.monotonic() < limit:
-        time.sleep(0.1)
-    processes = children(started.pid)
-    os.kill(processes[1], signal.SIGKILL)
-    _, errors = started.communicate(timeout=300)
+    with torchrun("guided_ddpm", cohort, tmp_path, **sizes) as started:
+        while not checkpoint.is_file() and started.poll() is None and time.monotonic() < limit:
+            time.sleep(0.1)
+        processes = children(started.pid)
+        os.kill(processes[1], signal.SIGKILL)
+        _, errors = started.communicate(timeout=300)
     assert started.returncode not in (0, None), errors[-3000:]
     assert not Path(f"/proc/{processes[0]}").exists()
     assert recorded(tmp_path)[0] in ("FAILED", "KILLED") and not (tmp_path / "run" / RUN_FILE).exists()
