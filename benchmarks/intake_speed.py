@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -160,10 +159,7 @@ def peak_of(folder: Path, out: Path, workers: int) -> dict[str, Any]:
 
 
 def _peaks_below(pid: int) -> dict[int, float]:
-    """Peak resident memory in MB of all processes that a process started, directly or not.
-
-    Not `ru_maxrss` of the children: Linux hands the peak of the process that starts another on to it.
-    """
+    """Peak resident memory in MB of all processes that a process started, directly or not."""
     found: dict[int, float] = {}
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
@@ -172,17 +168,21 @@ def _peaks_below(pid: int) -> dict[int, float]:
         return found
     for number in children:
         with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{number}/status").read_text().splitlines()
-            line = next(line for line in lines if line.startswith("VmHWM"))
-            found[number] = int(line.split()[1]) / 1024
+            found[number] = _peak(number)
         found |= _peaks_below(number)
     return found
+
+
+def _peak(process: int | str) -> float:
+    """Peak resident memory in MB of one process; not `ru_maxrss`, which starts at the peak of the process that started it."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def child(folder: Path, out: Path, workers: int) -> None:
     """The process that `peak_of` starts."""
     found = take_in(folder, out, workers)
-    print(json.dumps(found | {"own_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps(found | {"own_megabytes": _peak("self")}))
 
 
 def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,7 +191,6 @@ def measure(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dic
     small, large, out = work / "small", work / "large", work / "cohort"
     write_files(small, options.files)
     write_files(large, 4 * options.files)
-    # First of all: Linux hands the peak of the process that starts another on to it, and MONAI's imports take 1 GB.
     peaks = {name: peak_of(folder, out, options.workers) for name, folder in (("n", small), ("4n", large))}
     own: list[float] = []
     others: list[float] = []

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from medaug import storage
+from medaug import replay_record, storage
 from medaug.cohort import FILE_NAME, Case, Cohort, check_against, created_by, read_cohort, write_cohort
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
@@ -37,10 +37,10 @@ from medaug.grading.verdict import primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress
 from medaug.quality.checks import CHECKS
-from medaug.quality.pseudo_label import softmax
 from medaug.stages import gate_synthetic
 from medaug.training.classifier import fit_classifier, predict_logits, seeded
 from medaug.training.data import CaseImages
+from medaug.training.temperature import softmax
 from medaug.workflow import load_config, run_stage
 
 RESULT_FILE = "feedback.json"
@@ -298,6 +298,7 @@ class FeedbackJob:
             check_against(made, self.cohort)
             for case in made.training:
                 storage.write_bytes(folder / case.image, made.path(case).read_bytes())
+        replay_record.carry_record([made.root for made in kept], folder)
         cases = tuple(case for made in kept for case in made.training)
         fits = {sha: groups for made in kept for sha, groups in made.fit_on.items()}
         name = f"{self.cohort.name} feedback"
@@ -317,6 +318,7 @@ def clear_accepted(folder: Path) -> None:
     if header.is_file() and read_header(header).get("command") != COMMAND:
         raise ConfigError("folder-not-empty", f"The folder {folder.name} holds another cohort; choose a new output folder.")
     header.unlink(missing_ok=True)
+    (folder / replay_record.FILE_NAME).unlink(missing_ok=True)
     for path in (folder / "images").glob("*.png"):
         path.unlink()
     for place in (folder / "images", folder):

@@ -51,6 +51,7 @@ def gate_synthetic(
     checks: Sequence[CheckSpec] | None = None,
     threshold: float | None = None,
     filter_recipe: Mapping[str, Any] | None = None,
+    calibrate: bool = False,
     label: str = "filter",
     amst: Mapping[str, Any] | None = None,
     weights: Path | None = None,
@@ -69,6 +70,7 @@ def gate_synthetic(
         checks: names, or mappings of a name to its settings, as a gate's file lists them; None: the default ones.
         threshold: least confidence of the pseudo-label; None: what `checks` say, else 0.8.
         filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
+        calibrate: apply the filter's temperature, fitted on validation, before the threshold.
         label: "filter" or "amst", see `run_gate`.
         amst: fields of `AmstRecipe` that differ from its default.
         weights: checkpoint that AMST's backbone starts from.
@@ -86,6 +88,7 @@ def gate_synthetic(
     recipe = change(default_recipe(), filter_recipe or {})
     heads = amst_recipe("amst", amst) if label == "amst" else None
     settings = {"checks": names, "threshold": threshold, "seed": seed, "label": label}
+    settings |= {"calibrate": True} if calibrate else {}
     with track("gate", name=f"gate {storage.sha256_json(settings)[:8]}", **tracking or {"enabled": False}) as run:
         run.log_params(settings)
         return run_gate(
@@ -96,6 +99,7 @@ def gate_synthetic(
             threshold=threshold,
             quotas=quotas,
             recipe=recipe,
+            calibrate=calibrate,
             label=label,
             amst=heads,
             weights=weights,
@@ -108,6 +112,27 @@ def gate_synthetic(
             tracking=run,
             progress=progress,
         )
+
+
+def check_labels(
+    cohort: Path,
+    out: Path,
+    *,
+    network: str = "simple_cnn",
+    folds: int = 5,
+    synthetic: Path | None = None,
+    profile: str = "cpu32",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`medaug labels`: find labels that look wrong. See `run_labels`; `profile` names a recipe of `grading_recipe`."""
+    from medaug.grading.recipe import grading_recipe
+    from medaug.quality.labels import run_labels
+
+    # As the label filter is trained: rare classes count as much, and shifts keep it from learning single images by heart.
+    recipe = grading_recipe(profile, network, {"policy": "weak", "class_balanced": True})
+    return run_labels(
+        cohort, out, recipe=recipe, network=network, num_folds=folds, seed=seed, synthetic_dir=synthetic, progress=progress
+    )
 
 
 def change(recipe: ClassifierRecipe, fields: Mapping[str, Any]) -> ClassifierRecipe:

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
 
-prepare_venv test generative pacs text ray
+prepare_venv test croissant generative labels pacs text ray
 cd "$repository"
 
 export MLFLOW_DISABLE_TELEMETRY=true MPLBACKEND=Agg

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from medaug import __version__, cli, workflow
+from medaug import __version__, cli, stages, workflow
 from medaug.errors import ConfigError, DataError, LeakageError, MedaugError, MissingDependencyError, StorageError
 
 
@@ -145,6 +145,19 @@ def test_generate_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch
     assert json.loads(capsys.readouterr().out)["per_class"] == {"a": 1, "b": 2}
 
 
+def test_labels_hands_its_options_to_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    part = {"issues": 3, "n": 40, "agreement": 0.875}
+    monkeypatch.setattr(
+        stages, "check_labels", lambda *args, **options: calls.append((args, options)) or {"parts": {"training": part}}
+    )
+    arguments = ("--folds", "4", "--network", "resnet18", "--profile", "tiny", "--seed", "2", "--synthetic", "s")
+    assert run(monkeypatch, "labels", "c", "--out", "o", *arguments) == 0
+    options = {"network": "resnet18", "folds": 4, "synthetic": Path("s"), "profile": "tiny", "seed": 2}
+    assert calls == [((Path("c"), Path("o")), options)]
+    assert "training: 3 of 40 labels look wrong; networks agree with 88%" in capsys.readouterr().out
+
+
 def test_overlays_reach_the_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     made = types.SimpleNamespace(classes=("a", "b"), class_counts=lambda split: [1, 2], training=(1, 2, 3), content_sha256="ef")
     row = {"scale": 2.0, "entropy": 0.5, "agreement": 0.9, "change": 0.1}
@@ -195,7 +208,21 @@ def test_version_and_bundles(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "command", ["intake", "train", "generate", "gate", "grade", "augment", "import", "quickstart", "bundles"]
+    "command",
+    [
+        "intake",
+        "train",
+        "generate",
+        "gate",
+        "grade",
+        "augment",
+        "import",
+        "quickstart",
+        "bundles",
+        "evidence",
+        "labels",
+        "replay",
+    ],
 )
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

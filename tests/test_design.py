@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "medaug"
 
 BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress"})  # "" is the package itself: its version
-LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts"}
+LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts", "replay_record"}
 MIDDLE = LOWER | {"diffusion", "training", "quality", "intake", "tracking"}
 UPPER = MIDDLE | {"generation", "grading", "phantom", "assets"}
 # Room -> rooms that it may import. A room not named here fails the test: give it a place first.
@@ -27,6 +27,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "cohort": BASE,
     "splits": BASE,
     "prompts": BASE - {"cohort"},
+    "replay_record": BASE - {"cohort"},
     "assets": BASE,
     "io": BASE | {"io"},
     "transforms": BASE | {"io", "transforms"},
@@ -40,6 +41,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "quality": LOWER | {"diffusion", "training", "quality", "tracking"},
     "intake": LOWER | {"intake", "tracking"},
     "export": BASE | {"io", "export"},
+    "evidence": BASE | {"evidence"},
     "pacs": BASE | {"io", "pacs"},
     "generation": MIDDLE | {"generation", "assets"},
     "grading": MIDDLE | {"grading", "assets"},
@@ -48,7 +50,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
     "experiment": UPPER | {"stages", "workflow"},
     "feedback": UPPER | {"stages", "workflow"},
-    "cli": UPPER | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "pacs", "cli"},
+    "cli": UPPER
+    | {"generation", "grading", "stages", "workflow", "augment", "experiment", "feedback", "export", "evidence", "pacs", "cli"},
 }
 HEAVY = frozenset({"torch", "monai", "torchvision", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "scipy", "ignite"})
 LIGHT_ROOMS = ("", "errors", "storage", "draws", "progress", "cohort", "splits", "prompts", "assets", "cli")

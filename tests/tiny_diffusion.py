@@ -85,6 +85,10 @@ class TwoTemplates:
 
     classes: tuple[str, ...]
 
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(map(self._of, range(len(self.classes))))
+
     def prompt(self, label: int, *key: str | int) -> str:
         return self._of(label)[int(numpy_generator("two", *key).integers(2))]
 

@@ -11,7 +11,22 @@ from typing import Annotated, Any
 import typer
 
 from medaug import __version__
-from medaug.cli import bundles, calibrate, experiment, export, feedback, imported, intake, pacs, readers, stages, sweep  # noqa: F401 - registers their commands
+from medaug.cli import (  # noqa: F401 - registers their commands
+    bundles,
+    calibrate,
+    evidence,
+    experiment,
+    export,
+    feedback,
+    imported,
+    intake,
+    labels,
+    pacs,
+    readers,
+    replay,
+    stages,
+    sweep,
+)
 from medaug.cli.options import app
 from medaug.errors import MedaugError
 

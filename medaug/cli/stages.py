@@ -97,7 +97,9 @@ def gate(
     out: OutOption,
     checks: Annotated[
         str | None,
-        typer.Option(help="Names separated by commas: usable, pseudo_label, copies (the default), outliers, real_fake."),
+        typer.Option(
+            help="Names separated by commas: usable, pseudo_label, copies (the default), judge, outliers, real_fake, fidelity."
+        ),
     ] = None,
     gate_file: Annotated[
         str | None,
@@ -106,6 +108,9 @@ def gate(
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Least confidence of the pseudo-label; default: the gate's, 0.8.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Scale the filter's confidence by a temperature fitted on validation first.")
+    ] = False,
     label: Annotated[
         str, typer.Option(help="filter: a CNN must confirm the label; amst: heads that agree give the label.")
     ] = "filter",
@@ -137,6 +142,7 @@ def gate(
         out,
         checks=_checks(checks, gate_file),
         threshold=threshold,
+        calibrate=calibrate,
         label=label,
         weights=weights,
         weights_trusted=weights_trusted,

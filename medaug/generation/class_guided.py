@@ -115,6 +115,14 @@ class ClassGuidedSampler:
             "annealing": None if self.annealing is None else dict(self.annealing),
         }
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again, but for the folders of classifiers and weak network."""
+        found = {name: value for name, value in self.settings().items() if name not in ("seed", "classifiers")}
+        if self.weak is not None:
+            weak = {name: value for name, value in self.weak.content().items() if name != "weights_sha256"}
+            found["autoguidance"] = weak | {"run_dir": None}
+        return {"guidance_settings": found}
+
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""
         found = self.settings()

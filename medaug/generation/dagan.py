@@ -36,6 +36,10 @@ class DaganSampler:
         """What a lineage records of the sampler."""
         return {"seed": self.seed}
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again: the seed, which is the session's."""
+        return {}
+
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""
         return {

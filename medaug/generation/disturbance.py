@@ -27,7 +27,7 @@ from medaug.training.data import read_case
 from medaug.training.diffusion import NoiseObjective
 from medaug.training.run_folder import RunRecord
 
-GENERATED, REAL = "generated", "real"
+GENERATED, REAL, COHORT = "generated", "real", "cohort"
 OWN_SETTINGS = ("strength", "refinements")
 FINE_GRID = 100  # steps; on coarser grids the bare round trip changes an image more than guidance does
 
@@ -55,7 +55,7 @@ def disturbance_plan(
     cohort: Cohort,
     record: RunRecord,
     seed: int,
-    source: str = GENERATED,
+    source: str | None = GENERATED,
     target_label: str | int | None = None,
     spread: float = 0.0,
     synthetic_per_real: float | None = None,
@@ -80,6 +80,8 @@ def disturbance_plan(
         DataError: nothing to disturb (code `disturb-empty`), or fewer images than asked for (code `source-too-few`).
         LeakageError: a held-out case among `seeds`; a synthetic cohort whose generator saw a held-out group.
     """
+    if source is None:
+        raise ConfigError("disturb-source", "Nothing names the images to disturb: set source to generated, real or a folder.")
     if (source == REAL or seeds is not None) and allocation is None:
         allocation = "proportional"  # balancing would take images of small classes twice
     if seeds is not None and source in (GENERATED, REAL):
@@ -189,8 +191,8 @@ def _from_cohort(
         images = {case.id: images[old.id] for case, old in zip(plan[target], before, strict=True)}
     _refuse_empty(images)
     groups = tuple(sorted(set().union(*map(set, stage_1.fit_on.values()))))
-    facts = {"kind": "cohort", "cohort_sha256": stage_1.content_sha256, "target_label": target}
-    return DisturbancePlan(plan, "cohort", images, groups, facts)
+    facts = {"kind": COHORT, "cohort_sha256": stage_1.content_sha256, "target_label": target}
+    return DisturbancePlan(plan, COHORT, images, groups, facts)
 
 
 class DisturbanceBatches(PlanBatches):
@@ -268,6 +270,17 @@ class DisturbanceSampler:
         found = {**self.way.settings(), "step": "ddim", "step_options": {"eta": 0.0}, "strength": self.strength}
         found |= {"refinements": self.refinements, "source": dict(self.plan.facts)}
         return found | ({"first": self.first.settings()} if self.plan.kind == GENERATED else {})
+
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again, but for folders: those of `ClassGuidedSampler.knobs`, and the one of a finished stage 1."""
+        own = {"strength": self.strength, "refinements": self.refinements}
+        source = None if self.plan.kind == COHORT else self.plan.kind
+        return {
+            **self.first.knobs(),
+            "disturbance_settings": self.way.knobs()["guidance_settings"] | own,
+            "source": source,
+            "target_label": self.plan.facts["target_label"],
+        }
 
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""

@@ -21,6 +21,7 @@ from medaug.errors import ConfigError, DataError, LeakageError, MedaugError
 from medaug.generation.plan import PlannedCase, batches, check_seeds, seed_batches
 from medaug.io.raster import read_unit_png, write_unit_png
 from medaug.progress import progress
+from medaug.replay_record import Generation, machine, write_record
 from medaug.tracking import track
 from medaug.training.data import read_case
 from medaug.training.run_folder import RunRecord
@@ -30,19 +31,9 @@ _log = logging.getLogger(__name__)
 PLAN_FILE = "generation.json"
 SATURATED = 1.05  # images lie in [-1, 1]
 GEOMETRY_FACTS = (
-    "original_size",
-    "padding",
-    "spacing_mm",
-    "detector_spacing_mm",
-    "orientation",
-    "position_mm",
-    "slice_thickness_mm",
-    "slice_spacing_mm",
-    "slice_index",
-    "series",
-    "lossy",
-    "format",
-)
+    "original_size", "padding", "spacing_mm", "detector_spacing_mm", "orientation", "position_mm", "slice_thickness_mm",
+    "slice_spacing_mm", "slice_index", "series", "lossy", "format",
+)  # fmt: skip
 
 
 class Sampler(Protocol):
@@ -63,6 +54,9 @@ class Sampler(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """All that decides its images, besides weights and cohort."""
+
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again; none names a file or a folder."""
 
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""
@@ -151,6 +145,7 @@ class GenerationSession:
         seed: decided references and, with an image's id, every draw.
         tracking: keyword arguments of `medaug.tracking.track`.
         notes: warnings that travel with the images, besides those of the cohort.
+        bundle, overlay: names of the config it is part of; None is the bundle of the run, and no overlay.
     """
 
     cohort: Cohort
@@ -161,6 +156,8 @@ class GenerationSession:
     seed: int = 0
     tracking: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    bundle: str | None = None
+    overlay: str | None = None
 
     @property
     def sampler(self) -> Sampler:
@@ -172,6 +169,19 @@ class GenerationSession:
     def fit_groups(self) -> tuple[str, ...]:
         """Sorted groups that generator and guides were trained on."""
         return tuple(sorted({*self.record.fit_groups, *self.sampler.fit_groups}))
+
+    def identity(self) -> dict[str, Any]:
+        """What all images of a folder have in common."""
+        return {
+            "weights_sha256": self.record.weights_sha256,
+            "cohort_sha256": self.cohort.content_sha256,  # other training cases, other references
+            "seed": self.seed,
+            "sampler": self.sampler.settings(),
+        }
+
+    def config_sha256(self) -> str:
+        """Of the run and the `identity`, for the lineage."""
+        return storage.sha256_json([self.record.config_sha256, self.identity()])
 
     def run(self) -> Cohort:
         """Make what is missing and write the synthetic cohort.
@@ -185,24 +195,28 @@ class GenerationSession:
         check_fit_groups(self.fit_groups, self.cohort)
         folder = Path(self.output_dir)
         with storage.locked(folder):
-            identity = {
-                "weights_sha256": self.record.weights_sha256,
-                "cohort_sha256": self.cohort.content_sha256,  # other training cases, other references
-                "seed": self.seed,
-                "sampler": self.sampler.settings(),
-            }
-            _claim(folder, identity)
-            config_sha = storage.sha256_json([self.record.config_sha256, identity])
+            _claim(folder, self.identity())
+            config_sha = self.config_sha256()
             with track("generation", name=f"generation {self.record.bundle} {config_sha[:8]}", **self.tracking) as run:
                 run.log_params({"bundle": self.record.bundle, "weights_sha256": self.record.weights_sha256, "seed": self.seed})
                 run.log_params({f"sampler.{name}": value for name, value in self.sampler.settings().items()})
                 run.log_metrics(
                     {f"planned.{name}": len(cases) for name, cases in zip(self.cohort.classes, self.plan, strict=True)}, step=0
                 )
+                self._note(folder, config_sha)
                 self._make(folder / "images")
                 cohort = self._write(self.plan, folder, config_sha)
                 run.log_image(sheet(cohort, self.cohort), "samples", step=0)
                 return cohort
+
+    def _note(self, folder: Path, config_sha: str) -> None:
+        """Before it is made, which batch an image is made in."""
+        todo = [[(case.id, case.label, case.reference.id) for case in batch] for batch in self.evaluator.data_loader.batches]
+        if todo:
+            device = next(self.evaluator.network.parameters()).device.type
+            knobs = self.sampler.knobs() | {"seed": self.seed}
+            generation = Generation(self.bundle or self.record.bundle, self.overlay, knobs)
+            write_record(folder, config_sha, generation, machine(device), todo)
 
     def _make(self, images: Path) -> None:
         todo: PlanBatches = self.evaluator.data_loader

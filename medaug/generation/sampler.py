@@ -110,6 +110,10 @@ class GuidedSampler:
         )
         return {name: getattr(self, name) for name in names} | {"step_options": dict(self.step_options)}
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again."""
+        return {"sampler_settings": {name: value for name, value in GuidedSampler.settings(self).items() if name != "seed"}}
+
     def lineage(self, planned: PlannedCase) -> dict[str, Any]:
         """What the lineage of one image says of how it was sampled."""
         return {

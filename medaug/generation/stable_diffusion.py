@@ -172,6 +172,12 @@ class StableDiffusionSampler:
             **self.model.facts,
         }
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again, but for the folder of the model."""
+        settings = {name: getattr(self, name) for name in SAMPLER_SETTINGS}
+        texts = [list(choices) for choices in self.prompts.texts]
+        return {"stable_diffusion_settings": settings, "prompts": texts, "weights_trusted": True}  # nothing untrusted was loaded
+
     def prompt(self, label: int, name: str) -> str:
         """The text of the image `name`."""
         return self.prompts.prompt(label, self.seed, "prompt", name)

@@ -58,6 +58,11 @@ class PromptedSampler(GuidedSampler):
         found = {name: value for name, value in super().settings().items() if not name.startswith("bottleneck_")}
         return found | {"negative_prompt": self.negative_prompt, "prompts_sha256": storage.sha256_json(self.prompts.texts)}
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again; what names a file of prompts is replaced by the prompts."""
+        texts = [list(choices) for choices in self.prompts.texts]
+        return super().knobs() | {"negative_prompt": self.negative_prompt, "prompts": texts}
+
     def prompt(self, label: int, name: str) -> str:
         """The prompt of the image `name` of class index `label`."""
         return self.prompts.prompt(label, self.seed, name)

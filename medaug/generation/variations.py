@@ -140,6 +140,10 @@ class VariationSampler:
         values["window"] = None if self.window is None else list(self.window)
         return values | {"inversion_options": copy.deepcopy(dict(self.inversion_options))}
 
+    def knobs(self) -> dict[str, Any]:
+        """Values of the config that make it again."""
+        return {"variation_settings": {name: value for name, value in self.settings().items() if name != "seed"}}
+
     keeps_geometry = True  # a variation lies where its seed image lies
     fit_groups = ()  # nothing guides it
 

@@ -17,8 +17,8 @@ from scipy import stats
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
 from medaug.training.classifier import confusion_counts, macro_f1
+from medaug.training.temperature import expected_calibration_error
 
-CALIBRATION_BINS = 15
 NO_ORDER = "the classes have no order"
 _CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
 
@@ -30,7 +30,6 @@ __all__ = [
     "bootstrap_scores",
     "classification_metrics",
     "compare_scores",
-    "expected_calibration_error",
     "grade_error",
     "holm",
     "macro_auc",
@@ -80,15 +79,6 @@ def grade_error(counts: np.ndarray) -> np.ndarray:
     """Mean absolute error of the grade, in grades; counts (..., K, K) -> (...)."""
     grades = np.arange(counts.shape[-1])
     return _ratio((np.abs(grades[:, None] - grades[None, :]) * counts).sum((-2, -1)), counts.sum((-2, -1)))
-
-
-def expected_calibration_error(target: np.ndarray, probs: np.ndarray, num_bins: int = CALIBRATION_BINS) -> float:
-    """Mean |confidence - accuracy| over equal bins of the confidence, weighted by their size (Guo et al. 2017, eq. 3)."""
-    confidence = probs.max(1)
-    correct = probs.argmax(1) == target
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gap = np.bincount(bins, weights=confidence - correct, minlength=num_bins)
-    return float(np.abs(gap).sum() / len(target))
 
 
 def _weighted_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from medaug.cohort import Cohort
 from medaug.errors import ConfigError
 from medaug.intake.identity import PLACEHOLDER_IDS, PLAIN_DICOM_NAME, known_patient, may_write_name, normal_id, reveals
 from medaug.intake.pseudonyms import check_outside, key_path
+from medaug.io import limits
 
 __all__ = [
     "PLACEHOLDER_IDS",
@@ -328,8 +329,18 @@ def _stamp(path: Path) -> int:
 
 
 def sha_of(path: Path) -> str:
-    """sha256 of a file, of nothing if it cannot be read."""
+    """sha256 of a file, of nothing if it cannot be read or is no regular file (a device may never end, a pipe never begin).
+
+    Of a file larger than any that is read as an image: of its size and its first bytes, since a disk image or a sparse file
+    among the images would take hours.
+    """
     try:
-        return storage.sha256_file(path)
+        if not path.is_file():
+            return storage.sha256_bytes(b"")
+        size = path.stat().st_size
+        if size <= (limits.MAX_ARCHIVE_BYTES if path.suffix.lower() == ".npz" else limits.MAX_FILE_BYTES):
+            return storage.sha256_file(path)
+        with open(path, "rb") as stream:
+            return storage.sha256_bytes(str(size).encode() + stream.read(limits.CHUNK_BYTES))
     except (OSError, ValueError):  # a name that no file can have
         return storage.sha256_bytes(b"")

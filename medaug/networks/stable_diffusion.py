@@ -26,6 +26,10 @@ _log = logging.getLogger(__name__)
 class PromptSource(Protocol):
     """Texts for classes."""
 
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        """Per class, in class order, the texts that may be drawn."""
+
     def prompt(self, label: int, *key: str | int) -> str:
         """The text of one image of class `label`, drawn by its key."""
 

@@ -18,6 +18,7 @@ from medaug.quality.copy_check import copies
 from medaug.quality.copy_ruler import CopyRuler
 from medaug.quality.fidelity_check import fidelity
 from medaug.quality.finding import ACCEPT, QUARANTINE, REJECT, VERDICTS, Finding, worst
+from medaug.quality.judge_check import judge
 from medaug.quality.outlier_checks import outliers, real_fake
 
 CONSTANT_STD = 1 / 255  # a picture with less contrast than one 8-bit level shows nothing
@@ -55,8 +56,10 @@ def _usable(cohort: Cohort, case: Case) -> Finding:
 def pseudo_label(context: GateContext, cases: Sequence[Case]) -> list[Finding]:
     """Reject images whose label the source does not confirm, or not surely enough."""
     findings = []
-    for seen in context.label_filter.verdicts(context.synthetic, cases, context.threshold):
+    for case, seen in zip(cases, context.label_filter.verdicts(context.synthetic, cases, context.threshold), strict=True):
         label = seen.label if seen.relabel and not seen.reasons else None
+        if label is not None:
+            context.carried[case.id] = label
         findings.append(Finding(REJECT if seen.reasons else ACCEPT, seen.reasons, seen.lineage, label, seen.relabel))
     return findings
 
@@ -66,6 +69,7 @@ CHECKS: dict[str, Check] = {
     "usable": usable,
     "pseudo_label": pseudo_label,
     "copies": copies,
+    "judge": judge,  # after pseudo_label, which may give an image another class
     "outliers": outliers,
     "real_fake": real_fake,
     "fidelity": fidelity,

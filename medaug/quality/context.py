@@ -43,6 +43,7 @@ class GateContext:
         amst: settings of the source "amst".
         cache: of features; None computes them anew.
         reports: what checks have to say of the whole set, by name.
+        carried: case id -> class that a check has given it in the place of the one it was generated for.
         weights, replace_head, weights_trusted: checkpoint that its backbone starts from, and the user's word for it.
     """
 
@@ -62,6 +63,7 @@ class GateContext:
     weights_trusted: bool = False
     cache: FeatureCache | None = None
     reports: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def label_filter(self) -> LabelSource:
@@ -131,7 +133,7 @@ class GateContext:
         return cached_features(self.cache, self.extractor(name), cohort, cases)
 
     @cached_property
-    def judge(self) -> LabelFilter:
+    def cnn_filter(self) -> LabelFilter:
         """The CNN filter, whatever the source of labels is: its features and its logits serve other checks."""
         found = self.label_filter if self.label == "filter" else _filter(self)
         assert isinstance(found, LabelFilter)
@@ -168,13 +170,13 @@ LABEL_SOURCES: dict[str, Callable[[GateContext], LabelSource]] = {"filter": _fil
 
 
 def _task(context: GateContext) -> NamedExtractor:
-    judge = context.judge
-    return task_features(judge.network, f"task-{judge.facts['network']}-{judge.facts['weights_sha256'][:16]}")
+    made = context.cnn_filter
+    return task_features(made.network, f"task-{made.facts['network']}-{made.facts['weights_sha256'][:16]}")
 
 
 def _logits(context: GateContext) -> NamedExtractor:
-    judge = context.judge
-    return LogitFeatures(judge.network, f"logits-{judge.facts['network']}-{judge.facts['weights_sha256'][:16]}")
+    made = context.cnn_filter
+    return LogitFeatures(made.network, f"logits-{made.facts['network']}-{made.facts['weights_sha256'][:16]}")
 
 
 def _local(settings: Mapping[str, Any]) -> NamedExtractor:

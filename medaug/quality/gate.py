@@ -91,7 +91,7 @@ def run_gate(
         recipe, network, seed, calibrate: of the label filter, see `train_filter`.
         label: "filter": the CNN must confirm the intended label. "amst": accepted is what the heads of AMST agree on, and that is
             the label it carries; images without a trusted label, but nothing else against them, go to ``out/unlabelled``.
-        amst: thresholds and training of the heads; `threshold` and `calibrate` then mean nothing.
+        amst: thresholds and training of the heads; `threshold` then means nothing, and `calibrate` is refused.
         weights, replace_head: safetensors checkpoint that AMST's backbone starts from, see `load_backbone`.
         weights_trusted: the user's word for a checkpoint that does not say what it was fitted on, see `check_origin`.
         filter_dir: cache of trained filters; None takes ``out/filter``.
@@ -119,7 +119,7 @@ def run_gate(
     decisions = read_reviews(review, {case.id for case in synthetic.training})
     context = GateContext(
         real, synthetic, Path(filter_dir or out / "filter"), threshold, recipe, network, seed, calibrate,
-        label=_check_label(label, weights), amst=amst, weights=weights, replace_head=replace_head,
+        label=_check_label(label, weights, calibrate), amst=amst, weights=weights, replace_head=replace_head,
         weights_trusted=weights_trusted, cache=FeatureCache(out / FEATURES),
     )  # fmt: skip
     with storage.locked(out):
@@ -151,11 +151,15 @@ def run_gate(
     return GateResult(accepted, summary["verdicts"], acceptance, summary, short)
 
 
-def _check_label(label: str, weights: Path | None) -> str:
+def _check_label(label: str, weights: Path | None, calibrate: bool) -> str:
     if label not in LABEL_SOURCES:
         raise ConfigError("label-source-unknown", f"Labels must come from one of {', '.join(LABEL_SOURCES)}, got {label!r}.")
     if weights is not None and label != "amst":
         raise ConfigError("weights-unused", "A checkpoint to start from belongs to labels from amst; the filter is trained anew.")
+    if calibrate and label != "filter":
+        raise ConfigError(
+            "calibrate-unused", "A temperature belongs to the label filter; labels from amst have their own threshold."
+        )
     return label
 
 

@@ -19,6 +19,7 @@ from medaug.quality.copy_ruler import real_cases
 from medaug.quality.fidelity import Estimate, kid
 from medaug.quality.report import class_sheets, write_report
 from medaug.quality.verdicts import ClassAcceptance, Verdict, agreement
+from medaug.replay_record import carry_record
 
 if TYPE_CHECKING:
     from medaug.tracking import Run
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 GATE_NAME = "gate.json"
 UNLABELLED = "unlabelled"
-FITTED = {"outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
+FITTED = {"judge", "outliers", "real_fake"}  # checks that are fitted on the real training images, as the filter is
 _FILTER_FACTS = (
-    "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "recipe", "seed",
+    "network", "best_step", "fit_on", "fit_cases", "temperature", "weights_sha256", "validation", "test", "calibration", "recipe",
+    "seed",
 )  # fmt: skip
 
 __all__ = ["log_gate", "summary_of", "write_accepted", "write_unlabelled", "write_verdicts"]
@@ -166,12 +168,15 @@ def _write_cases(
             lineage.setdefault("intended_label", verdict.case.label)
         if "pseudo_label" in names:
             lineage["filter_sha256"] = context.label_filter.facts["weights_sha256"]
+        if "judge" in names:
+            lineage["judge_sha256"] = context.reports["judge"]["weights_sha256"]
         image = f"images/{verdict.case.id}.png"
         cases.append(replace(verdict.case, image=image, label=verdict.label, lineage=lineage))
     outside = set().union(*unions.values()) - context.cohort.groups("training") if unions else set()
     if outside:
         raise LeakageError("fit-on-held-out", f"The generator or filter saw {len(outside)} group(s) outside the training split.")
     _place(context.synthetic, [verdict.case for verdict in verdicts], out, "images")
+    carry_record([context.synthetic.root], out)
     notes = {**context.synthetic.notes, "generated_by": dict(context.synthetic.created_by)}
     name = f"{context.synthetic.name} {what}"
     cohort = replace(context.synthetic, name=name, training=tuple(cases), fit_on=unions, created_by=made, notes=notes, root=out)

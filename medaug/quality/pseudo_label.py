@@ -7,7 +7,6 @@ and confidence are both required). The label that an accepted image carries is t
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from medaug.training.classifier import (
     seeded,
 )
 from medaug.training.data import CaseImages
+from medaug.training.temperature import measure_calibration, softmax
 
 FORMAT = 1
 PAPER_THRESHOLD = 0.8
@@ -46,9 +46,7 @@ __all__ = [
     "PseudoLabel",
     "accept",
     "default_recipe",
-    "fit_temperature",
     "real_training",
-    "softmax",
     "train_filter",
 ]
 
@@ -101,33 +99,6 @@ def accept(probs: np.ndarray, intended: Sequence[int] | np.ndarray, threshold: f
         reasons = [DISAGREES] * bool(label != want) + [UNSURE] * bool(confidence < threshold)
         verdicts.append(PseudoLabel(int(label), float(confidence), tuple(reasons)))
     return verdicts
-
-
-def softmax(logits: Tensor | np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """softmax(logits / temperature) as (N, K) float64."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    exp = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return exp / exp.sum(axis=1, keepdims=True)
-
-
-def fit_temperature(logits: Tensor | np.ndarray, target: Sequence[int] | np.ndarray) -> float:
-    """The temperature in [0.05, 20] with the smallest negative log-likelihood, by golden-section search on its logarithm.
-
-    The likelihood is unimodal in 1/T (Guo et al. 2017, temperature scaling); argmax and so agreement do not change.
-    """
-    values, classes = np.asarray(logits, dtype=np.float64), np.asarray(target)
-
-    def loss(log_temperature: float) -> float:
-        scaled = values / math.exp(log_temperature)
-        peak = scaled.max(axis=1)
-        log_sum = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
-        return float(np.mean(log_sum - scaled[np.arange(len(classes)), classes]))
-
-    low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
-    while high - low > 1e-5:
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
-    return math.exp((low + high) / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,15 +182,20 @@ def train_filter(
         recipe: None takes `default_recipe`.
         network: a name of `medaug.networks.grading`.
         seed: decides weights, order and augmentation.
-        calibrate: temperature scaling on validation.
+        calibrate: divide the logits by the temperature that was fitted on validation, unless that is at its lower bound. The facts
+            always say what it would do.
         report_test: add accuracy on the test split to the facts.
         device: for training and prediction.
         on_eval: called with each validation result.
 
     Raises:
-        DataError: a class without a real training image.  ConfigError: see `fit_classifier`.
+        DataError: a class without a real training image; `calibrate` without validation.  ConfigError: see `fit_classifier`.
     """
     recipe = recipe or default_recipe()
+    if calibrate and not cohort.validation:
+        raise DataError(
+            "validation-empty", "A temperature is fitted on validation images and the cohort has none; do not calibrate."
+        )
     settings = {"network": network, "recipe": asdict(recipe), "seed": seed}
     key = storage.sha256_json([FORMAT, cohort.content_sha256, list(cohort.classes), cohort.image_size, cohort.channels, settings])
     home = Path(folder) / key[:16]
@@ -236,8 +212,9 @@ def train_filter(
         logits = predict_logits(module, CaseImages(cohort, cohort.test))
         facts["test"] = _scores(logits, cohort.test, len(cohort.classes))
         storage.write_json(home / "filter.json", facts)
-    fitted = facts["fitted_temperature"]
-    temperature = float(fitted) if calibrate and fitted is not None else 1.0
+    fitted = facts["calibration"]
+    # At its bound the temperature would make every confidence 1 and the threshold void.
+    temperature = float(fitted["temperature"]) if calibrate and not fitted["at_lowest"] else 1.0
     facts = {**facts, "temperature": temperature}
     return LabelFilter(module.eval(), cohort.classes, temperature, tuple(facts["fit_groups"]), facts, cached)
 
@@ -252,7 +229,7 @@ def real_training(cohort: Cohort) -> list[Case]:
     missing = set(range(len(cohort.classes))) - {case.label for case in training}
     if missing:
         names = ", ".join(cohort.classes[label] for label in sorted(missing))
-        raise DataError("class-empty", f"The label filter needs a real training image of every class, there is none of {names}.")
+        raise DataError("class-empty", f"Judging labels needs a real training image of every class, there is none of {names}.")
     return training
 
 
@@ -263,7 +240,7 @@ def _read(home: Path, key: str, module: nn.Module) -> dict[str, Any] | None:
     try:
         facts: dict[str, Any] = storage.read_json(home / "filter.json")
         load_weights(home / "filter.safetensors", module, {"key": key}, sha256=facts["weights_sha256"])
-        whole = facts["key"] == key and fit_sha256(facts["fit_groups"]) == facts["fit_on"] and "fitted_temperature" in facts
+        whole = facts["key"] == key and fit_sha256(facts["fit_groups"]) == facts["fit_on"] and "calibration" in facts
         if not whole:
             raise DataError("filter-damaged", "filter.json does not belong to this filter.")
         return facts
@@ -299,9 +276,14 @@ def _fit(
         "fit_cases": len(training),
         "best_step": result.best_step,
         "history": result.history,
-        "fitted_temperature": None if logits is None else fit_temperature(logits, [case.label for case in cohort.validation]),
+        "calibration": _calibration(logits, cohort.validation),
         "validation": _scores(logits, cohort.validation, len(cohort.classes)),
     }
+
+
+def _calibration(logits: Tensor | None, cases: Sequence[Case]) -> dict[str, Any] | None:
+    """What temperature scaling on these real cases does, see `Calibration`."""
+    return None if logits is None else asdict(measure_calibration(logits, [case.label for case in cases]))
 
 
 def _scores(logits: Tensor | None, cases: Sequence[Case], num_classes: int) -> dict[str, Any] | None:

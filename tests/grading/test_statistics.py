@@ -61,12 +61,6 @@ def test_kappa_is_zero_for_independent_marginals_and_one_for_perfect():
     assert statistics.quadratic_kappa(np.diag([3, 5, 2])) == 1
 
 
-def test_calibration_error_by_hand():
-    probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
-    # Bin of 0.9: confidence 0.9, accuracy 0.5; bin of 0.6: confidence 0.6, accuracy 1.
-    assert statistics.expected_calibration_error(np.array([0, 1, 0, 1]), probs) == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
-
-
 def test_absent_class_gives_none_with_a_reason():
     result = statistics.classification_metrics(np.array([0, 1, 0]), np.full((3, 3), 1 / 3), ordinal=False)
     assert result["auc"] is None and "[2]" in result["undefined"]["auc"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 from test_intake_attacks import dicom
 from test_intake_build import codes, fill, picture, save, take
 
+from medaug import storage
 from medaug.errors import DataError
 from medaug.intake import burned_in
 from medaug.intake.assemble import refuse_names
 from medaug.intake.classes import in_words, shown
 from medaug.intake.identity import may_name_patient, names_patient
 from medaug.intake.masks import find_mask
-from medaug.intake.records import Item, Record
+from medaug.intake.records import Item, Record, sha_of
+from medaug.io import limits
 
 
 def record(label: str, *secrets: str) -> Record:
@@ -73,6 +76,43 @@ def test_loops_of_links_are_ignored_and_counted(tmp_path: Path) -> None:
     (source / "b.dcm").symlink_to("a.dcm")
     result = take(source, tmp_path / "out")
     assert result.counts["ignored"] == {"link-in-a-loop": 3} and not result.quarantine
+
+
+def test_what_is_too_large_for_an_image_is_not_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, hashed = [], storage.sha256_file
+    monkeypatch.setattr(storage, "sha256_file", lambda path: read.append(path) or hashed(path))
+    source = fill(tmp_path / "in")
+    with open(source / "disk.dcm", "wb") as stream:
+        stream.write(b"\0" * 128 + b"DICM")
+        stream.truncate(1 << 33)
+    result = take(source, tmp_path / "out", workers=1)
+    assert list(codes(result).values()) == ["image-too-large"] and result.counts["used"] > 0
+    assert read and source / "disk.dcm" not in read
+
+
+def test_a_large_file_is_known_by_its_size_and_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 10)
+    small, large, longer = (tmp_path / name for name in ("a", "b", "c"))
+    small.write_bytes(b"0123456789")
+    large.write_bytes(b"0123456789a")
+    longer.write_bytes(b"0123456789aa")
+    assert sha_of(small) == storage.sha256_file(small)
+    assert len({sha_of(large), sha_of(longer), storage.sha256_file(large)}) == 3
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = storage.sha256_file
+    monkeypatch.setattr(storage, "sha256_file", lambda path: hashed(path) if path.is_file() else pytest.fail("would not end"))
+    os.mkfifo(tmp_path / "pipe.png")
+    images = [save(tmp_path / f"{index}.png", picture(index)) for index in range(12)]
+    entries = [{"image": path.name, "label": index % 2} for index, path in enumerate(images)]
+    entries += [{"image": name, "label": 0} for name in ("/dev/zero", "pipe.png")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    result = take(tmp_path / "list.json", tmp_path / "out")
+    assert result.counts["used"] == 12 and sorted(row["code"] for row in result.quarantine) == [
+        "image-missing",
+        "path-outside-source",
+    ]
 
 
 def test_datalist_entries_that_no_file_can_have_are_one_row_each(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medaug.errors import ConfigError, DataError
 from medaug.quality import pseudo_label
-from medaug.quality.pseudo_label import accept, fit_temperature, softmax, train_filter
+from medaug.quality.pseudo_label import accept, train_filter
 from medaug.training.classifier import ClassifierRecipe
+from medaug.training.temperature import softmax
 
 RECIPE = ClassifierRecipe(num_steps=12, batch_size=8, evaluate_every=6)
 
@@ -72,20 +74,6 @@ def test_labels_of_another_length_are_refused():
         accept(np.array([[1.0, 0.0]]), [0, 1], 0.5)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_temperature_is_recovered(temperature):
-    draw = np.random.default_rng(1)
-    logits = 2 * draw.standard_normal((20000, 3))
-    labels = np.array([draw.choice(3, p=row) for row in softmax(logits)])
-    assert fit_temperature(temperature * logits, labels) == pytest.approx(
-        temperature, rel=0.04
-    )  # sampling error of 20,000 labels
-
-
-def test_temperature_stays_in_its_bounds_for_a_perfect_network():
-    assert fit_temperature(np.eye(3) * 5, [0, 1, 2]) == pytest.approx(0.05, rel=1e-3)
-
-
 def test_filter_is_fitted_on_real_training_cases_only(tmp_path, make_cohort, monkeypatch):
     cohort = make_cohort(tmp_path / "c", per_class=10, size=8)
     seen: dict[str, object] = {}
@@ -111,7 +99,8 @@ def test_filter_reports_its_accuracy_and_is_trained_once(tmp_path, make_cohort, 
     facts = json.loads(facts_path.read_text())
     assert facts["validation"]["n"] == len(cohort.validation) and facts["test"]["n"] == len(cohort.test)
     assert np.sum(facts["validation"]["confusion"]) == len(cohort.validation)
-    assert facts["fitted_temperature"] == first.temperature != 1
+    assert facts["calibration"]["temperature"] == first.temperature != 1
+    assert facts["calibration"]["n"] == len(cohort.validation)
 
     monkeypatch.setattr(pseudo_label, "fit_classifier", lambda *args, **options: pytest.fail("trained twice"))
     again = train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=True, report_test=True)
@@ -119,6 +108,28 @@ def test_filter_reports_its_accuracy_and_is_trained_once(tmp_path, make_cohort, 
     assert train_filter(cohort, tmp_path / "f", recipe=RECIPE).temperature == 1  # calibration is no part of the training
     cases = list(cohort.test)
     assert again.judge(cohort, cases, 0.5) == first.judge(cohort, cases, 0.5)
+
+
+def test_calibration_changes_confidence_and_no_label(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "c", per_class=10, size=8)
+    plain, calibrated = (train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=value) for value in (False, True))
+    before, after = (made.judge(cohort, cohort.validation, 0.0) for made in (plain, calibrated))
+    assert [seen.label for seen in before] == [seen.label for seen in after]
+    assert [seen.confidence for seen in before] != [seen.confidence for seen in after]
+
+
+def test_a_temperature_at_its_bound_is_not_applied(tmp_path, make_cohort, monkeypatch):
+    cohort = make_cohort(tmp_path / "c", per_class=10, size=8)
+    faultless = lambda network, images: 5 * torch.eye(3)[[case.label for case in images.cases]]  # noqa: E731
+    monkeypatch.setattr(pseudo_label, "predict_logits", faultless)
+    made = train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=True)
+    assert made.facts["calibration"]["at_lowest"] and made.temperature == 1
+
+
+def test_calibration_without_validation_is_refused(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "c", per_class=5, size=8).with_cases(validation=[])
+    with pytest.raises(DataError, match="validation-empty"):
+        train_filter(cohort, tmp_path / "f", recipe=RECIPE, calibrate=True)
 
 
 def test_damaged_cache_is_trained_again_to_the_same_weights(tmp_path, make_cohort, caplog):
