@@ -19,6 +19,7 @@ from medaug.cohort import Cohort
 from medaug.draws import numpy_generator, randn_batch, torch_generator
 from medaug.errors import ConfigError, DataError
 from medaug.networks.dagan import DaganCritic, DaganGenerator, build_critic, build_generator
+from medaug.training import distributed
 from medaug.training.classifier import seeded
 from medaug.training.data import KeyedBatches, jitter, permutation, read_case
 from medaug.training.diffusion import refuse_divergence
@@ -210,7 +211,7 @@ class DaganIteration:
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """One step of `optimizer` down the loss.
+    """One step of `optimizer` down the loss, of several processes down the mean of theirs.
 
     Raises:
         ConfigError: the loss is not finite (code `training-diverged`).
@@ -218,6 +219,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, iteration: int) -> N
     refuse_divergence(loss, iteration)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    distributed.average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
     optimizer.step()
 
 

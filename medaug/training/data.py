@@ -15,6 +15,7 @@ from medaug.cohort import Case, Cohort
 from medaug.draws import numpy_generator, torch_generator
 from medaug.errors import ConfigError
 from medaug.io.raster import read_unit_png
+from medaug.training import distributed
 from medaug.transforms.prepare import prepare
 
 ReferenceMode = Literal["self", "same_class", "self_augmented"]
@@ -122,12 +123,15 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
     """An endless stream of batches, each fixed by its iteration number alone.
 
     The flattened order is a chain of permutations of the cases, one per pass over the data. A resumed run sets
-    `next_iteration` and meets the very batches it would have met.
+    `next_iteration` and meets the very batches it would have met. Of several processes each is handed its share of a batch.
 
     Args:
         num_cases: size of the data set.
-        batch_size: cases per iteration.
+        batch_size: cases per iteration, of all processes together.
         seed: key of the permutations.
+
+    Raises:
+        ConfigError: nothing to draw from; a batch that the processes cannot share evenly.
     """
 
     def __init__(self, num_cases: int, batch_size: int, seed: int = 0) -> None:
@@ -135,6 +139,7 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
             raise ConfigError(
                 "batch-invalid", f"Training needs at least one case and a batch size of 1, got {num_cases} and {batch_size}."
             )
+        distributed.share(range(batch_size))  # refused now, not in the first iteration
         self.num_cases = num_cases
         self.batch_size = batch_size
         self.seed = seed
@@ -152,7 +157,7 @@ class KeyedBatches(Sampler[list[tuple[int, int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         iteration = self.next_iteration
         while True:
-            yield self.batch(iteration)
+            yield list(distributed.share(self.batch(iteration)))
             iteration += 1
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from medaug.draws import randn_batch, torch_generator
 from medaug.errors import ConfigError
 from medaug.networks.guided_unet import GuidedUNet
 from medaug.prompts import Prompts
+from medaug.training import distributed
 from medaug.training.data import keep_mask
 from medaug.training.ema import ExponentialMovingAverage
 
@@ -104,6 +105,8 @@ class OptimiserStep(Protocol):
 def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) -> dict[str, float]:
     """One step of optimiser, learning rate and average down the loss `total`. Returns loss, gradient norm and learning rate.
 
+    Several processes step down the mean of their losses; the loss returned is this one's.
+
     Raises:
         ConfigError: the loss is not finite (code `training-diverged`).
     """
@@ -111,6 +114,7 @@ def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) ->
     network = engine.network
     engine.optimizer.zero_grad(set_to_none=True)
     total.backward()
+    distributed.average_gradients(network.parameters())
     norm = nn.utils.clip_grad_norm_(network.parameters(), step.max_gradient_norm)
     engine.optimizer.step()
     step.scheduler.step()
@@ -123,15 +127,16 @@ def optimise(engine: Any, total: Tensor, iteration: int, step: OptimiserStep) ->
 
 
 def refuse_divergence(loss: Tensor, iteration: int) -> None:
-    """Refuse a loss that is not finite.
+    """Refuse a loss that is not finite, in every process when it is so in one.
 
     Raises:
         ConfigError: code `training-diverged`.
     """
+    loss = distributed.mean(loss)
     if not torch.isfinite(loss):
         raise ConfigError(
             "training-diverged",
-            f"The loss is {float(loss.detach())} at iteration {iteration}; lower learning_rate and start again.",
+            f"The loss is {float(loss)} at iteration {iteration}; lower learning_rate and start again.",
         )
 
 

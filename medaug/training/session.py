@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from medaug.networks.build import build_guided_unet, refuse_blind_levels
 from medaug.networks.guided_unet import GuidedUNet
 from medaug.progress import progress
 from medaug.tracking import Run, track
+from medaug.training import distributed
 from medaug.training.checkpoint import FILE_NAME, TrainingState, load_checkpoint, save_checkpoint
 from medaug.training.data import KeyedBatches
 from medaug.training.run_folder import RUN_FILE, WEIGHTS_FILE, RunRecord, new_record, read_run, write_run
@@ -30,6 +32,9 @@ Measure = Callable[[Any], Mapping[str, float | None]]
 @dataclass
 class TrainingSession:
     """Runs a MONAI trainer so that a killed run, started again, ends with the same bytes.
+
+    Of several processes (`medaug.training.distributed`) all train and read the same folder, and the first one alone writes. A run may go on
+    with another number of them.
 
     Attributes:
         trainer: `monai.engines.SupervisedTrainer` whose iteration is keyed (see `GuidedIteration`).
@@ -68,28 +73,33 @@ class TrainingSession:
 
         Raises:
             StorageError: the folder is in use, or the disk is full.
-            ConfigError: the folder holds a run with other settings; the loss is not finite.
+            ConfigError: the folder holds a run with other settings; the loss is not finite; processes that differ.
         """
         if min(self.trainer.state.max_epochs, self.trainer.state.epoch_length) < 1:
             raise ConfigError(
                 "training-length-invalid",
                 f"max_epochs and epoch_length must be at least 1, got {self.trainer.state.max_epochs} and {self.trainer.state.epoch_length}.",
             )
-        folder = Path(self.output_dir)
+        folder, is_main = Path(self.output_dir), distributed.is_main()
         record = new_record(self.bundle, self.cohort, self.settings, self.seed)
-        with storage.locked(folder):
+        with storage.locked(folder) if is_main else nullcontext():
+            distributed.barrier()  # behind the lock
             if (folder / RUN_FILE).is_file():
                 found = self._finished(read_run(folder), record)
                 weights = folder / WEIGHTS_FILE
                 if weights.is_file() and storage.sha256_file(weights) == found.weights_sha256:
                     return found  # else: write them again from the last checkpoint
             epoch, iteration = self._resume(record)
-            with track("training", name=f"training {self.bundle} {record.config_sha256[:8]}", **self.tracking) as run:
+            distributed.refuse_difference([record.config_sha256, iteration])
+            tracking = dict(self.tracking) | ({} if is_main else {"enabled": False})
+            with track("training", name=f"training {self.bundle} {record.config_sha256[:8]}", **tracking) as run:
                 self._describe(run, record)
                 self._train(run, record, epoch, iteration)
-                record = write_run(folder, record, self.state.chosen, int(self.trainer.state.iteration))
-                run.log_model(folder / WEIGHTS_FILE, self.bundle, {"weights_sha256": record.weights_sha256})
-        return record
+                if is_main:
+                    record = write_run(folder, record, self.state.chosen, int(self.trainer.state.iteration))
+                    run.log_model(folder / WEIGHTS_FILE, self.bundle, {"weights_sha256": record.weights_sha256})
+            distributed.barrier()
+        return record if is_main else read_run(folder)
 
     def _finished(self, found: RunRecord, wanted: RunRecord) -> RunRecord:
         if found.config_sha256 != wanted.config_sha256:
@@ -126,7 +136,8 @@ class TrainingSession:
         if epoch >= state.max_epochs:
             state.iteration = iteration
             return
-        with progress("training", total, completed=iteration) as advance:
+        shown = progress("training", total, completed=iteration) if distributed.is_main() else nullcontext(lambda steps: None)
+        with shown as advance, distributed.joined_batch():
             means = EpochMeans()
             self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: means.add(engine.state.output))
             self.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: advance(1))
@@ -138,6 +149,8 @@ class TrainingSession:
     def _end_of_epoch(self, engine: Any, run: Run, record: RunRecord, means: EpochMeans) -> None:
         epoch, iteration = engine.state.epoch, engine.state.iteration
         run.log_metrics(means.take(), step=iteration)
+        if not distributed.is_main():
+            return
         last = epoch == engine.state.max_epochs
         if self.preview is not None and self.preview_every and (last or epoch % self.preview_every == 0):
             from medaug.io.raster import write_unit_png
@@ -162,7 +175,7 @@ class TrainingSession:
 
 
 class EpochMeans:
-    """Means of the losses since they were last taken; of a value that not every iteration has, over those that have it."""
+    """Means of the losses since they were last taken; of a value that not every iteration, or process, has, over those that have it."""
 
     def __init__(self) -> None:
         self.rows: list[Mapping[str, float]] = []
@@ -172,10 +185,15 @@ class EpochMeans:
         self.rows.append(row)
 
     def take(self) -> dict[str, float]:
-        """The means; empties the list."""
+        """The means, over the processes' means; empties the list."""
         rows, self.rows = self.rows, []
-        found = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(name for row in rows for name in row)}
-        return {name: sum(values) / len(values) for name, values in found.items()}
+        return mean_row(distributed.gather(mean_row(rows)))
+
+
+def mean_row(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every column over the rows that have it."""
+    found = {name: [row[name] for row in rows if name in row] for name in dict.fromkeys(name for row in rows for name in row)}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
