@@ -88,7 +88,8 @@ def fit_real_fake(
     count = min(folds, len(set(real_groups)), len(set(synthetic_groups)))
     if count < 2:
         raise DataError("groups-too-few", "Telling real from synthetic needs images of at least two patients on either side.")
-    scores, fold, models = np.full(len(x), np.nan), np.full(len(x), -1), []
+    scores, fold = np.full(len(x), np.nan), np.full(len(x), -1)
+    models: list[Pipeline] = []
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=key_seed("real-fake", key) % 2**32)
     for train, test in splitter.split(x, y, groups):
         if len(set(y[train])) < 2:
