@@ -111,18 +111,18 @@ def real_fake(
         [case.group for case in cases],
     )
     validation = list(context.cohort.validation)
-    held = fitted.scores(context.features(space, context.cohort, validation)) if validation else np.array([])
-    limit = limit_of(held, pass_share)
+    held = context.features(space, context.cohort, validation) if validation else np.empty((0, 0))
+    limits = fitted.limits(held, pass_share)
     context.reports["real_fake"] = _facts(fitted.auc, fitted.low, fitted.high) | {
         "accuracy": fitted.accuracy,
         "p": fitted.p,
-        "limit": limit,
+        "limits": sorted(set(limits.tolist())),
         "n": len(cases),
         "n_real": len(real),
         "space": context.extractor(space).name,
     }
     findings = []
-    for value in fitted.synthetic:
+    for value, limit in zip(fitted.synthetic, limits, strict=True):
         text = f"Its log-odds of being synthetic are {value:.3g}; all but a few real validation images stay within {limit:.3g}."
         reasons = ((TOLD_APART, text),) if value > limit else ()
         findings.append(Finding(verdict if reasons else ACCEPT, reasons, {"real_fake": float(f"{value:.6g}")}))

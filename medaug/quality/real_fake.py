@@ -18,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from medaug.draws import key_seed
 from medaug.errors import DataError
 from medaug.quality.neighbours import checked_features
+from medaug.quality.outliers import PASS_SHARE, limit_of
 
 FOLDS = 5
 REGULARISATION = 0.01  # inverse strength: there are often more features than images
@@ -35,6 +36,7 @@ class RealFake:
         accuracy: balanced, at log-odds 0.
         p: one-sided Mann-Whitney p of the scores.
         models: one per fold.
+        fold: (M,), the model that gave each synthetic score: the one that was not fitted on the image.
     """
 
     real: np.ndarray
@@ -45,10 +47,19 @@ class RealFake:
     accuracy: float
     p: float
     models: tuple[Pipeline, ...]
+    fold: np.ndarray
 
     def scores(self, features: np.ndarray) -> np.ndarray:
-        """Mean log-odds (N,) over the folds, for images that none of them was fitted on."""
-        return np.mean([model.decision_function(checked_features(features)) for model in self.models], axis=0)
+        """Log-odds (folds, N) by each model, for images that none of them was fitted on."""
+        return np.stack([model.decision_function(checked_features(features)) for model in self.models])
+
+    def limits(self, validation: np.ndarray, pass_share: float = PASS_SHARE) -> np.ndarray:
+        """For each synthetic image (M,) what `pass_share` of validation images, features (N, D), stay within by the same model.
+
+        Not by the mean over the models: it spreads less than the scores of one, and would turn honest images away too often.
+        """
+        scores = self.scores(validation) if len(validation) else np.empty((len(self.models), 0))
+        return np.array([limit_of(row, pass_share) for row in scores])[self.fold]
 
 
 def fit_real_fake(
@@ -77,19 +88,21 @@ def fit_real_fake(
     count = min(folds, len(set(real_groups)), len(set(synthetic_groups)))
     if count < 2:
         raise DataError("groups-too-few", "Telling real from synthetic needs images of at least two patients on either side.")
-    scores, models = np.full(len(x), np.nan), []
+    scores, fold = np.full(len(x), np.nan), np.full(len(x), -1)
+    models: list[Pipeline] = []
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=key_seed("real-fake", key) % 2**32)
     for train, test in splitter.split(x, y, groups):
         if len(set(y[train])) < 2:
             raise DataError("groups-too-few", "A fold lacks real or synthetic images; images of more patients are needed.")
         model = make_pipeline(StandardScaler(), LogisticRegression(C=REGULARISATION, class_weight="balanced", max_iter=1000))
         scores[test] = model.fit(x[train], y[train]).decision_function(x[test])
+        fold[test] = len(models)
         models.append(model)
     own, made = scores[y == 0], scores[y == 1]
     auc, low, high = auc_interval(made, own)
     accuracy = float(((own < 0).mean() + (made >= 0).mean()) / 2)
     p = float(mannwhitneyu(made, own, alternative="greater").pvalue)
-    return RealFake(own, made, auc, low, high, accuracy, p, tuple(models))
+    return RealFake(own, made, auc, low, high, accuracy, p, tuple(models), fold[y == 1])
 
 
 def auc_interval(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float, float]:

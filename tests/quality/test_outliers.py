@@ -117,6 +117,22 @@ def test_scores_are_out_of_fold():
     assert 0.3 < found.auc < 0.7
 
 
+def test_the_limit_of_an_image_is_that_of_the_model_that_judges_it():
+    draw = np.random.default_rng(0)
+    real, new, validation = (draw.standard_normal((n, 120)) for n in (100, 60, 200))
+    found = fit_real_fake(real, new, [f"r{index}" for index in range(100)], [f"s{index}" for index in range(60)])
+    limits = found.limits(validation, 0.9)
+    assert set(found.fold) == set(range(5)) and len(set(limits)) == 5
+    for index, model in enumerate(found.models):
+        own = found.fold == index
+        np.testing.assert_allclose(found.synthetic[own], model.decision_function(new[own]))
+        assert set(limits[own]) == {limit_of(model.decision_function(validation), 0.9)}
+    # A mean over models spreads less than the scores of one: its limit would turn more than a tenth of new images away.
+    assert limits.mean() > limit_of(found.scores(validation).mean(axis=0), 0.9)
+    with pytest.raises(DataError, match="got 0"):
+        found.limits(np.empty((0, 120)))
+
+
 def test_auc_interval_covers_and_needs_both_sides():
     draw = np.random.default_rng(0)
     covered = 0
