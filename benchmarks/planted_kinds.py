@@ -132,9 +132,13 @@ def row_of(kind: str, verdicts: Sequence[Mapping[str, Any]], limits: Mapping[str
     """How many of a kind were turned away, by which check, and by which score for outliers."""
     caught = sum(verdict["verdict"] != ACCEPT for verdict in verdicts)
     by_check = Counter(name for verdict in verdicts for name, word in verdict["checks"].items() if word != ACCEPT)
-    alone = Counter(names[0] for verdict in verdicts if len(names := [k for k, v in verdict["checks"].items() if v != ACCEPT]) == 1)
+    alone = Counter(
+        names[0] for verdict in verdicts if len(names := [k for k, v in verdict["checks"].items() if v != ACCEPT]) == 1
+    )
     scores = {name: sum(verdict.get(SCORES, {}).get(name, 0) > limit for verdict in verdicts) for name, limit in limits.items()}
-    return {"kind": kind} | rate_of(caught, len(verdicts)) | {"by_check": dict(by_check), "only_by": dict(alone), "by_score": scores}
+    return (
+        {"kind": kind} | rate_of(caught, len(verdicts)) | {"by_check": dict(by_check), "only_by": dict(alone), "by_score": scores}
+    )
 
 
 def judged(row: dict[str, Any], n_validation: int, accuracy: float) -> dict[str, Any]:

@@ -157,9 +157,13 @@ def run_pilot(
             job.config["generation_batch_size"],
         )
         found = _decide(gated, measured, limits, shutil.disk_usage(job.out).free)
-        facts = {"bundle": Path(bundle).name, "weights_sha256": _weights(synthetic), "cohort_sha256": cohort.content_sha256}
+        facts: dict[str, Any] = {
+            "bundle": Path(bundle).name,
+            "weights_sha256": _weights(synthetic),
+            "cohort_sha256": cohort.content_sha256,
+        }
         facts |= {"synthetic_sha256": synthetic.content_sha256, "seed": seed, "per_class": options.per_class}
-        result = {"format": FORMAT, "go": checks.go(found), "checks": [asdict(check) for check in found], **facts}
+        result: dict[str, Any] = {"format": FORMAT, "go": checks.go(found), "checks": [asdict(check) for check in found], **facts}
         result |= {"limits": asdict(limits), "acceptance": [asdict(entry) for entry in gated.acceptance], **measured}
         storage.write_json(job.out / RESULT_FILE, result)
         write_pilot_report(job.out / "report.html", cohort, synthetic, result, gated.verdicts)

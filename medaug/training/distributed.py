@@ -55,7 +55,8 @@ def local_device(name: str = "auto") -> torch.device:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= count:
         raise ConfigError(
-            "device-missing", f"torchrun started more than {count} process(es) for {count} CUDA device(s); lower --nproc_per_node."
+            "device-missing",
+            f"torchrun started more than {count} process(es) for {count} CUDA device(s); lower --nproc_per_node.",
         )
     return torch.device("cuda", local)
 

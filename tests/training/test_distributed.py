@@ -38,7 +38,14 @@ TINY: dict[str, Any] = {"batch_size": 4, "epoch_length": 2, "max_epochs": 3, "pr
 QUIET = TINY | {"tracking": {"enabled": False}}
 DIFFUSION = {"network_settings#backbone_options": BACKBONE | {"dropout": 0.2}, "warmup_steps": 2}
 DAGAN = {
-    "dagan_settings#generator": {"channels": [4, 8], "patch": 2, "num_res_blocks": 1, "latent_dim": 3, "latent_scales": 1, "dropout": 0.5},
+    "dagan_settings#generator": {
+        "channels": [4, 8],
+        "patch": 2,
+        "num_res_blocks": 1,
+        "latent_dim": 3,
+        "latent_scales": 1,
+        "dropout": 0.5,
+    },
     "dagan_settings#critic": {"channels": [4, 8], "patch": 2, "num_res_blocks": 1},
     "critic_steps": 1,
 }
@@ -178,7 +185,9 @@ def test_two_processes_take_the_gradient_of_the_joined_batch(tmp_path: Path) -> 
     assert first.keys() == second.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-6)  # float32 sums of 216 terms of size 1 in another order
+        torch.testing.assert_close(
+            first[name], value, rtol=1e-5, atol=1e-6
+        )  # float32 sums of 216 terms of size 1 in another order
     apart = load_file(tmp_path / "apart0")  # what a mean of gradients alone would give
     assert float((apart["conv.weight"] - expected["conv.weight"]).abs().max()) > 1e-3
 
@@ -244,7 +253,9 @@ def test_two_processes_end_with_the_weights_of_one(cohort: Cohort, tmp_path: Pat
     still = plain | {"optimizer": SGD["optimizer"] | {"lr": 0.0}, "max_epochs": 1}
     train(bundle, cohort, tmp_path / "still", overlay, **still)
     assert largest_difference(tmp_path / "one", tmp_path / "still") > 1e-3  # training goes further than the tolerance
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
 
 
 def test_a_lost_process_ends_the_other_and_the_run_goes_on_with_any_number(cohort: Cohort, tmp_path: Path) -> None:
@@ -309,7 +320,8 @@ def files(bundle: str, *between: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("bundle", "between"), [*((bundle, ()) for bundle in BUNDLES), *((bundle, (f"{name}.yaml",)) for bundle, name in OVERLAYS.items())]
+    ("bundle", "between"),
+    [*((bundle, ()) for bundle in BUNDLES), *((bundle, (f"{name}.yaml",)) for bundle, name in OVERLAYS.items())],
 )
 def test_every_bundle_has_the_overlay(cohort: Cohort, tmp_path: Path, bundle: str, between: tuple[str, ...]) -> None:
     from monai.bundle import ConfigWorkflow
@@ -346,12 +358,21 @@ SIZES: dict[str, dict[str, Any]] = {
 @contextmanager
 def torchrun(bundle: str, cohort: Cohort, folder: Path, **overrides: Any) -> Iterator[subprocess.Popen[str]]:
     """The documented command, with MLflow in `folder`, from another working directory; ended with the block."""
-    options = {"config_file": files(bundle), "dataset_dir": cohort.root, "output_dir": folder / "run", "device_name": "cpu"} | overrides
+    options = {
+        "config_file": files(bundle),
+        "dataset_dir": cohort.root,
+        "output_dir": folder / "run",
+        "device_name": "cpu",
+    } | overrides
     options |= {"tracking#uri": f"sqlite:///{folder / 'mlflow.db'}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # torchrun, on a free port
     command += ["-m", "monai.bundle", "run", "training"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(assets.bundles_root().parent), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(assets.bundles_root().parent),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     with subprocess.Popen(
         command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as started:
