@@ -72,9 +72,10 @@ def test_workers_do_every_task_once_each_on_its_core(tmp_path):
 
 
 @pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
-def test_the_task_of_a_killed_worker_is_done_again(tmp_path, executor):
+def test_the_task_of_a_killed_worker_is_done_again(tmp_path, executor, monkeypatch):
     if executor == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
     outcomes, steps = run(partial(dies_once, str(tmp_path)), [0, 1, 2, 3], 2, executor)
     assert (tmp_path / "1").exists()
     assert outcomes == {number: number for number in range(4)}
