@@ -210,7 +210,9 @@ def _continued(client: MlflowClient, experiment_id: str, tags: Mapping[str, str]
     """An earlier run of the same work, open again; None if there is none, or another process still writes it."""
     if SAME_WORK not in tags:
         return None
-    found = client.search_runs([experiment_id], f"tags.`{SAME_WORK}` = '{tags[SAME_WORK]}' and attributes.status != 'RUNNING'")
+    wanted = f"tags.`{SAME_WORK}` = '{tags[SAME_WORK]}' and attributes.status != 'RUNNING'"
+    # The oldest: one that was started beside it, and refused, holds nothing.
+    found = client.search_runs([experiment_id], wanted, order_by=["attributes.start_time ASC"])
     if not found:
         return None
     run_id = str(found[0].info.run_id)

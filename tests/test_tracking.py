@@ -252,6 +252,16 @@ def test_a_child_is_written_once_and_again_only_for_other_content(store, client)
     assert child.data.metrics["test/accuracy"] == 0.7 and child.data.tags["medaug.content"] == "b"
 
 
+def test_the_same_work_goes_on_in_the_run_that_holds_it_not_in_one_refused_beside_it(store, client):
+    with track("grading", name="first", uri=store, same_work="t" * 64) as run:
+        run_id = run.run_id
+        with pytest.raises(DataError), track("grading", name="beside it", uri=store, same_work="t" * 64) as other:
+            assert other.run_id != run_id
+            raise DataError("folder-in-use", "No.")
+    with track("grading", name="third", uri=store, same_work="t" * 64) as run:
+        assert run.run_id == run_id
+
+
 def test_the_same_work_continues_its_run_and_its_tables(store, client):
     with pytest.raises(DataError), track("grading", name="first try", uri=store, same_work="s" * 64) as run:
         run.log_table([{"n": 1}], "rows")
@@ -260,9 +270,9 @@ def test_the_same_work_continues_its_run_and_its_tables(store, client):
     assert client.get_run(run_id).data.tags["medaug.error"] == "image-unreadable"
     with track("grading", name="second try", uri=store, same_work="s" * 64) as run:
         run.log_table([{"n": 1}, {"n": 2}], "rows")
+        assert run.run_id == run_id  # waits until it is open
         with track("grading", name="at the same time", uri=store, same_work="s" * 64) as other:
             assert other.run_id not in (run_id, None)  # a run that is still written is left alone
-        assert run.run_id == run_id
     again = client.get_run(run_id)
     assert again.info.status == "FINISHED" and "medaug.error" not in again.data.tags
     assert json.loads(Path(client.download_artifacts(run_id, "rows.json")).read_text())["data"] == [[1], [2]]

@@ -306,13 +306,23 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     added = {arm.name: extra_counts(arm, real) for arm in arms}
     present = class_counts(real_cases(real), len(real.classes))
     largest = max((added[arm.name] for arm in arms if arm.added()), key=sum, default=None)
-    control = largest if largest is not None else tuple(max(present) - count for count in present)
-    lacking = [name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has]
-    if lacking and any(arm.oversample for arm in arms):
+    repeated = {arm.name: arm.extra or largest or _levelling(arm, real) for arm in arms if arm.oversample}
+    for control in repeated.values():
+        _refuse_lacking([name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has])
+    return [replace(arm, extra=repeated.get(arm.name, added[arm.name])) for arm in arms]
+
+
+def _levelling(arm: Arm, real: Cohort) -> tuple[int, ...]:
+    """Copies per class that make every class of the arm's real images as large as the largest."""
+    counts = class_counts(_kept(arm, real, 0), len(real.classes))
+    return tuple(max(counts) - count for count in counts)
+
+
+def _refuse_lacking(names: Sequence[str]) -> None:
+    if names:
         raise DataError(
-            "class-empty", f"The control arm cannot repeat real images of {', '.join(lacking)}: the training split has none."
+            "class-empty", f"The control arm cannot repeat real images of {', '.join(names)}: the images it keeps have none."
         )
-    return [replace(arm, extra=(arm.extra or control) if arm.oversample else added[arm.name]) for arm in arms]
 
 
 def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
@@ -334,6 +344,7 @@ def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
     pairs: list[Pair] = [(real, case) for case in kept]
     for label, count in enumerate(arm.extra):
         pool = keyed_order([case for case in kept if case.label == label], seed)
+        _refuse_lacking([real.classes[label]] if count and not pool else [])
         pairs += [(real, pool[place % len(pool)]) for place in range(count)]
     return pairs
 

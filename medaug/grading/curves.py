@@ -79,9 +79,9 @@ def mixing_figure(points: Sequence[Point], metric: str) -> Figure | None:
         return None
     figure = new_figure(14, 0.9 + 3.4 * len(fractions))
     panels = figure.subplots(len(fractions), 3, squeeze=False, sharex=True, sharey="col")
-    for line, part in zip(panels, fractions, strict=True):
-        curves = {base: mixing_curve(points, base, part) for base in bases}
-        ticks = sorted({point["per_real"] for curve in curves.values() for point in curve})
+    rows = {part: {base: mixing_curve(points, base, part) for base in bases} for part in fractions}
+    ticks = sorted({point["per_real"] for curves in rows.values() for curve in curves.values() for point in curve})
+    for line, (part, curves) in zip(panels, rows.items(), strict=True):
         suffix = "" if part is None else f", {part:g} of the real images"
         for axis, values, title in zip(line, _COLUMNS, ("validation: the choice", "test", "test, minus none"), strict=True):
             _draw(axis, curves, values, "per_real", ticks)

@@ -68,7 +68,8 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
     scores.set_ylim(len(arms) - 0.5, -0.5)
     differences.axvline(0, color="black", linewidth=0.8)
     differences.set(
-        xlabel=f"{label}: arm − {BASELINE}, 95 % interval over test groups", title="Differences (thick: all networks together)"
+        xlabel=f"{label}: arm − {BASELINE}, 95 % interval",
+        title="Differences (thin: over test groups; thick: all networks, luck of training too)",
     )
     for axis in (scores, differences):
         axis.grid(axis="x", alpha=0.3)

@@ -133,7 +133,9 @@ def grade(
     without = {row["network"] for row in failed}
     rows = [row for row in graded if row["network"] not in without]
     if not rows:
-        raise ConfigError("nothing-graded", f"No network could be graded: {failed[0]['reason']}")
+        raise ConfigError(
+            "nothing-graded", f"No network could be graded in every arm; arm {failed[0]['arm']}: {failed[0]['reason']}"
+        )
     notes = [*_notes(cohort, arms), *_inert(rows), *_left_out(failed), *_pretrained_notes(weights)]
     verdict = _report(out, cohort, arms, rows, notes, num_resamples, command, profile)
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}

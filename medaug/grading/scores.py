@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medaug.grading.statistics import PairedDifference, bootstrap_scores, compare_scores, with_training_luck
+from medaug.grading.statistics import TIE_DECIMALS, PairedDifference, bootstrap_scores, compare_scores, with_training_luck
 
 __all__ = ["Predictions", "Scores", "score_cells"]
 
@@ -58,7 +58,8 @@ class Scores:
 
     def seed_differences(self, arm: str, other: str) -> list[float]:
         """Arm minus other for each seed: how much a verdict owes to chance in training."""
-        return [score - against for score, against in zip(self.by_seed[arm], self.by_seed[other], strict=True)]
+        pairs = zip(self.by_seed[arm], self.by_seed[other], strict=True)
+        return [round(score - against, TIE_DECIMALS) for score, against in pairs]
 
     def compare(self, arm: str, other: str) -> PairedDifference:
         """Arm minus other over all networks; the interval covers the choice of test groups and the luck of training."""

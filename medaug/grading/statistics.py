@@ -20,6 +20,7 @@ from medaug.training.classifier import confusion_counts, macro_f1
 from medaug.training.temperature import expected_calibration_error
 
 NO_ORDER = "the classes have no order"
+TIE_DECIMALS = 12  # of a score: equal counts summed in another order differ in the last bit, which is no difference
 _CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
 
 __all__ = [
@@ -243,8 +244,7 @@ def _scorer(
 
 def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifference:
     """The paired difference of two outputs of `bootstrap_scores` on the same test set and seed."""
-    # Equal counts summed in another order differ in the last bit: that is no difference.
-    differences = np.round(scores_a[1:] - scores_b[1:], 12)
+    differences = np.round(scores_a[1:] - scores_b[1:], TIE_DECIMALS)
     known = differences[~np.isnan(differences)]
     num_undefined = len(differences) - len(known)
     if not len(known) or math.isnan(scores_a[0] - scores_b[0]):
@@ -254,7 +254,7 @@ def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifferen
     low, high = np.percentile(known, [2.5, 97.5])
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
     p_value = min(1.0, 2 * (1 + tail) / (1 + len(known)))
-    difference = float(scores_a[0] - scores_b[0])
+    difference = round(float(scores_a[0] - scores_b[0]), TIE_DECIMALS)
     return PairedDifference(
         difference,
         float(low),
@@ -342,7 +342,7 @@ def wilcoxon_networks(differences: Sequence[float]) -> dict[str, Any]:
         num_networks, wins (differences above 0), median, p_value (exact; None with `reason` if all differences are 0 or none is
         given).
     """
-    values = np.round(np.asarray(differences, dtype=float), 12)  # equal counts summed in another order are a tie
+    values = np.round(np.asarray(differences, dtype=float), TIE_DECIMALS)
     values = values[~np.isnan(values)]
     summary: dict[str, Any] = {"num_networks": len(values), "wins": int((values > 0).sum())}
     summary["median"] = float(np.median(values)) if len(values) else None

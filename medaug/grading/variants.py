@@ -21,6 +21,7 @@ from medaug.cohort import Cohort
 from medaug.errors import ConfigError
 from medaug.grading.arms import Arm, Variant, prepare_arms, view_controls, with_view_controls
 from medaug.grading.rows import Row
+from medaug.grading.statistics import TIE_DECIMALS
 from medaug.grading.verdict import BASELINE, CONTROL, Opponents
 
 __all__ = ["Choice", "amounts", "at_verdict", "check_choosable", "choose", "opponents_of", "spread_arms"]
@@ -113,6 +114,8 @@ class Choice:
     def sentence(self) -> str:
         """What a reader of the verdict has to know."""
         ratios = ", ".join(f"{ratio:g}" for ratio in self.scores)
+        if all(score is None for score in self.scores.values()):
+            return f"Nothing is known on validation, so of the ratios {ratios} the smallest was taken."
         return f"Its ratio {self.per_real:g} was chosen on validation among {ratios}; test images had no part in that."
 
     def facts(self) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def choose(arms: Sequence[Arm], rows: Sequence[Row], metric: str) -> list[Choice
 def _on_validation(rows: Sequence[Row], arm: str, metric: str) -> float | None:
     values = [row["validation"]["metrics"][metric] for row in rows if row["arm"] == arm and row["validation"]]
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return round(float(np.mean(known)), TIE_DECIMALS) if known else None
 
 
 def at_verdict(arms: Sequence[Arm], choices: Sequence[Choice]) -> list[Arm]:

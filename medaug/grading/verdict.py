@@ -174,8 +174,8 @@ def _comparison(scores: Scores, opponents: Mapping[str, str]) -> _Family:
     overall = {arm: scores.compare(arm, other) for arm, other in opponents.items()}
     networks = {arm: scores.compare_networks(arm, other) for arm, other in opponents.items()}
     ranks = {arm: wilcoxon_networks([one.difference for one in results.values()]) for arm, results in networks.items()}
-    adjusted = holm({arm: rank["p_value"] for arm, rank in ranks.items() if rank["p_value"] is not None})
-    wilcoxon = {arm: rank | {"p_holm": adjusted.get(arm)} for arm, rank in ranks.items()}
+    adjusted = holm({arm: 1.0 if rank["p_value"] is None else rank["p_value"] for arm, rank in ranks.items()})
+    wilcoxon = {arm: rank | {"p_holm": None if rank["p_value"] is None else adjusted[arm]} for arm, rank in ranks.items()}
     return _Family(overall, holm({arm: result.p_value for arm, result in overall.items()}), networks, wilcoxon)
 
 
@@ -227,9 +227,9 @@ def _sentence(
         f"{arm} {opening}: {metric} {none.score_a:.3f} against {none.score_b:.3f} without augmentation, "
         f"difference {none.difference:+.3f} (95 % interval {none.low:+.3f} to {none.high:+.3f})"
     )
-    if control is not None:
+    if control is not None and not math.isnan(control.difference):
         text += f"; against repeated real images {control.difference:+.3f} ({control.low:+.3f} to {control.high:+.3f})"
-    if views is not None:
+    if views is not None and not math.isnan(views.difference):
         text += f"; against real images seen through the same weak view {views.difference:+.3f} ({views.low:+.3f} to {views.high:+.3f})"
     text += f"; mean over {num_networks} network(s) and {len(seeds)} seed(s)"
     if len(seeds) > 1 and min(seeds) < 0 < max(seeds):

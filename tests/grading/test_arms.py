@@ -115,6 +115,27 @@ def test_control_without_synthetic_images_levels_the_classes(tmp_path, make_coho
     assert counts(arms.build_training_set(arm, real, seed=0)) == [6, 6, 6]
 
 
+def test_control_without_synthetic_images_levels_the_classes_it_keeps(tmp_path, make_cohort):
+    real = make_cohort(tmp_path / "real", per_class=40, cases_per_group=1)
+    real = real.with_cases(training=[case for case in real.training if case.label != 1 or case.id.endswith(("0", "1"))])
+    (arm,) = arms.prepare_arms([arms.Arm("oversample", oversample=True, real_fraction=0.25)], real)
+    pairs = arms.build_training_set(arm, real, seed=0)
+    assert len(set(counts(pairs))) == 1 and max(counts(pairs)) < 20
+
+
+def test_control_refuses_a_class_that_no_kept_group_has(tmp_path, make_cohort):
+    real = make_cohort(tmp_path / "real", per_class=20, cases_per_group=1)
+    rare = [case for case in real.training if case.label == 2][:1]
+    real = real.with_cases(training=[case for case in real.training if case.label != 2] + rare)
+    arm = arms.Arm("oversample", oversample=True, real_fraction=0.1, extra=(0, 0, 5))
+    kept = [{case.label for case in arms._kept(arm, real, seed)} for seed in range(8)]
+    lost = next((seed for seed, labels in enumerate(kept) if 2 not in labels), None)
+    if lost is None:
+        pytest.skip("every part keeps the rare class")
+    with pytest.raises(DataError, match="class-empty"):
+        arms.build_training_set(arm, real, lost)
+
+
 def test_images_of_a_generator_that_saw_a_test_group_are_refused(tmp_path, make_cohort, make_synthetic):
     real = make_cohort(tmp_path / "real")
     groups = [*real.groups("training"), sorted(real.groups("test"))[0]]

@@ -74,6 +74,13 @@ def test_the_pictures_show_the_points(points):
     assert png(learning).startswith(b"\x89PNG")
 
 
+def test_every_row_of_the_mixing_figure_has_the_same_ticks(points):
+    lone = dict(points[2]) | {"arm": "pure@2", "base": "pure", "per_real": 2, "real_fraction": None}
+    figure = mixing_figure([*points, lone], METRIC)
+    labels = {tuple(label.get_text() for label in axis.get_xticklabels()) for axis in figure.axes}
+    assert labels == {("0", "1", "2")}
+
+
 def test_without_variants_there_is_no_curve():
     pooled = {"none": np.array([0.5, np.nan]), "a": np.array([0.6, np.nan])}
     scores = Scores(METRIC, {(name, "n"): one for name, one in pooled.items()}, pooled, {"none": [0.5], "a": [0.6]}, 9)

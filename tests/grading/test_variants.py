@@ -14,6 +14,19 @@ from medaug.grading.verdict import Opponents
 RATIOS = [0.5, 1.0]
 
 
+def test_scores_that_differ_in_the_last_bit_are_equal_and_the_smaller_ratio_is_taken():
+    arms = [variant("a", 0.5), variant("a", 5)]
+    scores = {"a@0.5": (0.5, 0.55, 0.6), "a@5": (0.5, 0.6, 0.55)}
+    rows = [row(arm, score, seed=seed) for arm, values in scores.items() for seed, score in enumerate(values)]
+    (choice,) = choose(arms, rows, "m")
+    assert choice.per_real == 0.5
+
+
+def test_a_choice_without_validation_does_not_say_that_it_was_made_there():
+    (choice,) = choose([variant("a", 0.5), variant("a", 5)], [row("a@0.5", None), row("a@5", None)], "m")
+    assert choice.per_real == 0.5 and "Nothing is known on validation" in choice.sentence()
+
+
 def variant(base, ratio=None, fraction=None):
     name = base + (f"@{ratio:g}" if ratio else "") + (f"@real{fraction:g}" if fraction else "")
     return Arm(name, variant=Variant(base, ratio, fraction))

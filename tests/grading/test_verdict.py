@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from medaug.errors import ConfigError, DataError
+from medaug.grading.scores import Scores
+from medaug.grading.statistics import compare_scores
 from medaug.grading.verdict import Opponents, Predictions, default_opponents, judge, primary_metric
 
 NUM_CASES, NUM_CLASSES = 240, 3
@@ -70,6 +72,16 @@ def test_an_arm_with_views_of_its_own_must_beat_real_images_seen_that_way():
     assert verdicts["plain"]["against_views"] is None
     with pytest.raises(ConfigError, match="control-missing"):
         judge(planted({"none": 0.6, "amst": 0.8}), ordinal=False, opponents={"amst": Opponents(views="weak_view")})
+
+
+def test_seeds_and_networks_that_tie_but_for_the_order_of_summing_differ_by_nothing():
+    hits = [(0.1, 0.2, 0.3), (0.3, 0.2, 0.1)]
+    ours, theirs = (float(np.mean(values)) for values in hits)
+    assert ours != theirs  # in the last bit
+    resamples = np.array([ours, 0.5, 0.6])
+    scores = Scores("accuracy", {}, {"a": resamples, "none": np.array([theirs, 0.5, 0.6])}, {"a": [ours], "none": [theirs]}, 30)
+    assert scores.seed_differences("a", "none") == [0.0]
+    assert compare_scores(scores.pooled["a"], scores.pooled["none"]).difference == 0
 
 
 def test_many_arms_raise_the_bar():
