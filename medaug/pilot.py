@@ -143,6 +143,8 @@ def run_pilot(
     settings, stages = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
     tracked = dict(tracking or {"enabled": False})
     cohort = read_cohort(cohort_dir, verify=True)
+    if Path(out).resolve() in {Path(cohort_dir).resolve(), Path(run).resolve()}:
+        raise ConfigError("out-is-input", "--out must be another folder than the cohort and the run.")
     job = _Pilot(bundle, cohort, Path(run), Path(out), options, profile, settings, stages["generating"], seed, tracked)
     wanted = wanted_counts(cohort, job.config, options)
     with storage.locked(job.out):
@@ -225,13 +227,6 @@ class _Pilot:
             ConfigError: the folder holds more images (code `pilot-outgrown`); going on would take them away.
         """
         folder = self.out / "synthetic"
-        there = sum(1 for _ in (folder / "images").glob("*.png"))
-        if there > sum(counts):
-            raise ConfigError(
-                "pilot-outgrown",
-                f"{folder.name} holds {there} images, more than the {sum(counts)} of this pilot; choose a new --out, as a smaller plan "
-                "would take images away.",
-            )
         own = {
             "dataset_dir": str(self.cohort.root),
             "run_dir": str(self.run),
@@ -243,7 +238,13 @@ class _Pilot:
             "generating": [*(entry for entry in self.config["generating"] if entry != "$@session.run()"), "$@session"],
         }
         session = run_stage(self.bundle, "generating", self.profile, {**self.overrides, **own}, overlay=self.settings["overlay"])
-        clock = _Clock(self.out / RATE_FILE)
+        planned = {f"{case.id}.png" for cases in session.plan for case in cases}
+        if extra := sum(path.name not in planned for path in (folder / "images").glob("*.png")):
+            raise ConfigError(
+                "pilot-outgrown",
+                f"{folder.name} holds {extra} image(s) that are no part of this pilot; choose a new --out, as going on would take them away.",
+            )
+        clock = _Clock(self.out / RATE_FILE, session.config_sha256())
         clock.attach(session.evaluator)
         made: Cohort = session.run()
         return made, clock.rate
@@ -368,9 +369,11 @@ class _Clock:
     A batch runs from where it is asked for to where the next one is, so that saving its images counts.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rate = Rate(**storage.read_json(path)) if path.is_file() else Rate()
+    def __init__(self, path: Path, made_by: str) -> None:
+        self.path, self.made_by = path, made_by
+        found = storage.read_json(path) if path.is_file() else {}
+        known = isinstance(found, dict) and found.pop("made_by", None) == made_by and found.keys() == asdict(Rate()).keys()
+        self.rate = Rate(**found) if known else Rate()  # of other settings it says nothing
         self._before = peak_memory()
         self._since: float | None = None
         self._images = 0
@@ -395,7 +398,7 @@ class _Clock:
                 max(old.memory_before, self._before),
                 max(old.memory_peak, peak_memory()),
             )
-            storage.write_json(self.path, asdict(self.rate))
+            storage.write_json(self.path, asdict(self.rate) | {"made_by": self.made_by})
         self._since, self._images = now, 0
 
 

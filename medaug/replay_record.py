@@ -147,6 +147,15 @@ def refuse_code(value: Any) -> Any:
     return value
 
 
+def folders_in(value: Any) -> bool:
+    """Whether a setting, or one inside it, names a folder: those a user gives, a record never does."""
+    if isinstance(value, dict):
+        return any(
+            (name.endswith(("dir", "dirs", "path")) and inner is not None) or folders_in(inner) for name, inner in value.items()
+        )
+    return isinstance(value, list) and any(map(folders_in, value))
+
+
 def _generation(entry: Mapping[str, Any]) -> Generation:
     overlay, knobs = entry["overlay"], entry["knobs"]
     if not isinstance(entry["bundle"], str) or not isinstance(overlay, str | None) or not isinstance(knobs, dict):

@@ -47,7 +47,7 @@ def replay(
 
     made = read_synthetic(synthetic)
     cases = choose_cases(made, case or [], random, seed)
-    if out is not None and Path(synthetic).resolve() in (out.resolve(), *out.resolve().parents):
+    if out is not None and made.root is not None and made.root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError("out-is-input", "--out must be another folder than the synthetic cohort.")
     folders = {"dataset_dir": str(cohort), "run_dir": str(run)} | ({} if source is None else {"source": str(source)})
     given = folders | parse_overrides(settings or [])
@@ -72,9 +72,9 @@ def _answer(rows: list[dict[str, Any]], as_json: bool) -> None:
     from medaug.replay_record import machine
 
     same = sum(row["identical"] for row in rows)
-    here = machine(rows[0]["made_on"]["device"]) | {"threads": None}
+    here = {device: machine(device) | {"threads": None} for device in sorted({row["made_on"]["device"] for row in rows})}
     summary = {"cases": len(rows), "identical": same, "rows": rows}
-    elsewhere = sum(row["made_on"] | {"threads": None} != here for row in rows)
+    elsewhere = sum(row["made_on"] | {"threads": None} != here[row["made_on"]["device"]] for row in rows)
     lines = [_line(row) for row in rows] + [f"{same} of {len(rows)} image(s) identical, byte for byte."]
     if same < len(rows) and elsewhere:
         lines.append(

@@ -99,7 +99,7 @@ _MODEL: Sequence[tuple[str, Sequence[Line]]] = (
             ("gate", set_facts.gate_acceptance),
             ("copies found", set_facts.gate_copies),
             ("memory of training images", set_facts.membership),
-            ("use in training", grading_facts.comparisons),
+            ("use in training", grading_facts.own_comparisons),
         ),
     ),
 )

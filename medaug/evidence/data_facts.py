@@ -111,8 +111,12 @@ def split_assignment(records: Records) -> str | None:
     total = len(real.cases())
     shares = listed(f"{split} {len(real.split(split)) / total:.0%}" for split in SPLITS if real.split(split))
     made = real.created_by
-    by = f" Settings sha256 {made['config_sha256']}, seed {made['seed']}." if {"config_sha256", "seed"} <= set(made) else ""
-    return f"Whole groups were assigned to splits: {shares} of the images.{by}"
+    by = (
+        f" Intake: settings sha256 {made['config_sha256']}, seed {made['seed']}."
+        if {"config_sha256", "seed"} <= set(made)
+        else ""
+    )
+    return f"No group is in two splits; they hold {shares} of the images.{by}"
 
 
 def taken_in(records: Records) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def write_evidence(
         records = read_records(folder, cohort, run, benchmark)
         answers = answers_of(records)
         papers = _papers(records, answers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError, csv.Error) as error:
         raise DataError(
             "record-malformed", f"A record lacks or mistypes a field ({type(error).__name__}); make it again with this medaug."
         ) from error

@@ -104,9 +104,14 @@ def model_selection(records: Records) -> str | None:
     best = [row["best_step"] for row in records.rows]
     if any(row["validation"] is None for row in records.rows):
         return "There was no validation split; the last weights were tested."
+    choices = [
+        f" The ratio of {arm} was chosen on validation among {listed(entry['choice']['scores'])}."
+        for arm, entry in sorted((records.verdict or {}).items())
+        if entry.get("choice")
+    ]
     return (
         f"Of each run the weights with the best macro F1 on the real validation images were kept (steps {min(best)} to {max(best)}) "
-        "and tested once."
+        f"and tested once.{''.join(choices)}"
     )
 
 
@@ -181,10 +186,20 @@ def _spread(values: Iterable[float | None]) -> str:
 
 def comparisons(records: Records) -> str | None:
     """Every arm against training without augmentation, with its interval and verdict."""
-    if not records.verdict:
+    return _compared(records, records.verdict or {})
+
+
+def own_comparisons(records: Records) -> str | None:
+    """As `comparisons`, of the arms alone that trained on the described images."""
+    own = {row["arm"] for row in records.rows if records.described.content_sha256 in _sources(row["key"]["arm"])}
+    return _compared(records, {arm: entry for arm, entry in (records.verdict or {}).items() if arm in own})
+
+
+def _compared(records: Records, verdict: Mapping[str, Any]) -> str | None:
+    if not verdict:
         return None
     parts = []
-    for arm, entry in sorted(records.verdict.items()):
+    for arm, entry in sorted(verdict.items()):
         text = f"{arm}: {entry['verdict']}, {_difference(entry['against_none'])}"
         text += f", against repeated real images {_difference(entry['against_control'])}" if entry["against_control"] else ""
         text += f", against the same views of real images {_difference(entry['against_views'])}" if entry["against_views"] else ""

@@ -92,8 +92,11 @@ def read_records(folder: Path, cohort: Path | None = None, run: Path | None = No
         verdict=verdict,
     )
     if real is not None:
+        if any(case.is_synthetic for case in real.cases()):
+            raise DataError("cohort-synthetic", "--cohort takes the real cohort; this one holds synthetic images.")
         if any_synthetic:
-            check_against(described, real, allow_untrusted=True)
+            untrusted = all((case.lineage or {}).get("untrusted") for case in described.cases() if case.is_synthetic)
+            check_against(described, real, allow_untrusted=untrusted)
         else:
             _same("The cohort of --cohort", real.content_sha256, described.content_sha256)
     _refuse_mixture(records)

@@ -98,17 +98,22 @@ def sampling(records: Records) -> str | None:
     )
 
 
+# Lineage says so of images made elsewhere, of a generator and of a label network that a user vouched for.
+_UNKNOWN_ORIGIN = ("untrusted", "generator_trusted", "weights_trusted")
+
+
 def held_out(records: Records) -> str | None:
     """Whether the generator and filter behind the images saw held-out groups."""
     if not records.synthetic:
         return None
-    untrusted = sum(bool((case.lineage or {}).get("untrusted")) for case in records.synthetic)
+    unknown = sum(any((case.lineage or {}).get(flag) for flag in _UNKNOWN_ORIGIN) for case in records.synthetic)
     seen = len(set().union(*records.described.fit_on.values())) if records.described.fit_on else 0
-    parts = [f"Generator and filter were fitted on {counted(seen, 'group')}."] if seen else []
-    if records.real is not None and seen:
+    what, was = ("The generator", "was") if records.gate is None else ("Generator and filter", "were")
+    parts = [f"{what} {was} fitted on {counted(seen, 'group')}."] if seen else []
+    if records.real is not None and seen and not unknown:
         parts.append("None of them is in the validation or test split of the real cohort.")
-    if untrusted:
-        parts.append(f"Of {counted(untrusted, 'image')} nothing shows what their generator was trained on.")
+    if unknown:
+        parts.append(f"Of {counted(unknown, 'image')} nothing shows what weights behind them were first trained on.")
     return " ".join(parts) or None
 
 
@@ -206,9 +211,9 @@ def _because(found: Any, name: str) -> str:
 
 
 def set_version(records: Records) -> str | None:
-    """The medaug that made the described images, and the one that trained their generator."""
+    """The medaug that wrote the described set, and the one that trained the generator."""
     made = records.described.created_by
-    parts = [f"Images made by medaug {made['version']} ({made.get('command', 'unknown command')})"] if "version" in made else []
+    parts = [f"Set written by medaug {made['version']} ({made.get('command', 'unknown command')})"] if "version" in made else []
     parts += [f"generator trained by medaug {records.run['version']}"] if records.run and records.run.get("version") else []
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if parts else None

@@ -17,7 +17,7 @@ __all__ = ["HIDDEN", "NOT_RECORDED", "counted", "figure", "listed", "markdown", 
 def markdown(text: str) -> str:
     """Text on one line that Markdown shows as it is: no tags, links, or ends of table cells."""
     escaped = html.escape(" ".join(text.split()), quote=False)
-    return escaped.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
+    return escaped.replace("\\", "\\\\").replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -21,13 +21,20 @@ from medaug.generation.generate import GenerationSession, sample_batch
 from medaug.generation.plan import PlannedCase
 from medaug.io.raster import encode_unit_png, read_unit_png
 from medaug.prompts import Prompts
-from medaug.replay_record import Batch, Generation, read_record, refuse_code
+from medaug.replay_record import Batch, Generation, folders_in, read_record, refuse_code
 from medaug.transforms.prepare import restore
 
 # The plan of a replay is only what its session is built with: one image per training image, which every cohort allows.
 ANY_PLAN = {"counts": None, "synthetic_per_real": 1, "allocation": "proportional", "fixed": None}
 # Knobs whose plain value a config cannot take as it is.
 PARTS: Mapping[str, Callable[[Any], Any]] = {"prompts": lambda texts: Prompts(tuple(tuple(map(str, own)) for own in texts))}
+# What the samplers' `knobs` name. Anything else would let a record choose other parts of the config.
+KNOBS = frozenset(
+    {
+        "seed", "sampler_settings", "guidance_settings", "variation_settings", "disturbance_settings", "stable_diffusion_settings",
+        "prompts", "negative_prompt", "source", "target_label", "weights_trusted",
+    }
+)  # fmt: skip
 OpenSession = Callable[[Generation, str], GenerationSession]  # (what made the images, type of the device) -> its session
 
 
@@ -68,6 +75,8 @@ def choose_cases(synthetic: Cohort, ids: Sequence[str], count: int | None = None
     if bool(ids) == (count is not None) or (count is not None and count < 1):
         raise ConfigError("replay-which", "Name the cases to replay, or give --random with their number, at least 1.")
     by_id = {case.id: case for case in synthetic.training}
+    if not by_id:
+        raise DataError("replay-nothing", "The synthetic cohort holds no images, so there is nothing to replay.")
     if unknown := sorted(set(ids) - set(by_id)):
         raise DataError("replay-case-unknown", f"{len(unknown)} case(s) are not in this cohort ({', '.join(unknown[:5])}).")
     if count is not None:
@@ -89,7 +98,11 @@ def replay_settings(generation: Generation, device: str) -> dict[str, Any]:
             f"The images were made on {device!r}, this machine has {', '.join(sorted(there))}; replay them there.",
         )
     try:
-        knobs = {name: PARTS.get(refuse_code(name), refuse_code)(value) for name, value in generation.knobs.items()}
+        if unknown := sorted(set(generation.knobs) - KNOBS):
+            raise ValueError(f"settings named {unknown}")
+        if any(folders_in(value) for value in generation.knobs.values()):
+            raise ValueError("a folder")
+        knobs = {name: PARTS.get(name, refuse_code)(value) for name, value in generation.knobs.items()}
     except (TypeError, ValueError) as error:
         raise DataError(
             "replay-record-malformed", f"The record of this cohort holds what medaug never writes ({error}); generate it again."
@@ -156,9 +169,11 @@ def remake(session: GenerationSession, batch: Batch) -> dict[str, np.ndarray]:
         DataError: a reference that is no training case of the session's cohort (code `replay-record-malformed`).
     """
     references = {case.id: case for case in session.cohort.training}
-    if not {reference for _, _, reference in batch.cases} <= references.keys():
+    known = all(reference in references and 0 <= label < len(session.cohort.classes) for _, label, reference in batch.cases)
+    if not known:
         raise DataError(
-            "replay-record-malformed", "The record of this cohort names references that the real cohort lacks; generate it again."
+            "replay-record-malformed",
+            "The record of this cohort names references or classes that the real cohort lacks; generate it again.",
         )
     todo = session.evaluator.data_loader
     todo.batches = [[PlannedCase(name, label, 0, references[reference]) for name, label, reference in batch.cases]]
@@ -187,7 +202,9 @@ def _check(session: GenerationSession, case: Case) -> None:
             f"{case.id} was made with weights {str(lineage.get('weights_sha256'))[:12]}, the run has {session.record.weights_sha256[:12]}; "
             "name the run that it was generated from.",
         )
-    ours, theirs = session.sampler.settings(), dict(lineage.get("sampler") or {})
+    ours, theirs = session.sampler.settings(), lineage.get("sampler") or {}
+    if not isinstance(theirs, Mapping):
+        raise DataError("replay-record-malformed", f"The lineage of {case.id} holds no sampler settings; generate it again.")
     same = {name for name in ours if storage.sha256_json(ours[name]) == storage.sha256_json(theirs.get(name))}
     if other := sorted({*ours, *theirs} - (same & theirs.keys())):
         raise ConfigError(

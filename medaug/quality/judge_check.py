@@ -38,6 +38,8 @@ def judge(
 ) -> list[Finding]:
     """Hold images back that the judge takes for another class than the one they are to carry.
 
+    Images that AMST trusts with no label carry none, so nothing is asked about them.
+
     Args:
         context, cases: of the gate.
         network, seed, num_steps: of the judge, see `train_judge`.
@@ -49,19 +51,20 @@ def judge(
     if verdict not in VERDICTS:
         raise ConfigError("verdict-unknown", f"A verdict must be one of {', '.join(VERDICTS)}, got {verdict!r}.")
     made = train_judge(context, network, seed, num_steps)
-    labels = np.array([context.carried.get(case.id, case.label) for case in cases], dtype=np.int64)
-    seen = made.judge(context.synthetic, cases, threshold=0.0)
+    asked = [case for case in cases if context.label != "amst" or case.id in context.carried]
+    labels = np.array([context.carried.get(case.id, case.label) for case in asked], dtype=np.int64)
+    seen = made.judge(context.synthetic, asked, threshold=0.0)
     counts = confusion_counts(labels, np.array([one.label for one in seen], dtype=np.int64), len(made.classes))
     facts = {key: made.facts[key] for key in _FACTS}
-    agreement = float(np.trace(counts) / counts.sum()) if cases else None
-    context.reports["judge"] = facts | {"n": len(cases), "agreement": agreement, "confusion": counts.tolist()}
-    findings = []
-    for label, one in zip(labels.tolist(), seen, strict=True):
+    agreement = float(np.trace(counts) / counts.sum()) if asked else None
+    context.reports["judge"] = facts | {"n": len(asked), "agreement": agreement, "confusion": counts.tolist()}
+    findings: dict[str, Finding] = {}
+    for case, label, one in zip(asked, labels.tolist(), seen, strict=True):
         text = f"Its label is {made.classes[label]}, the judge sees {made.classes[one.label]} ({one.confidence:.2f})."
         reasons = ((DISAGREES, text),) if one.label != label else ()
         lineage = {"judge_label": one.label, "judge_confidence": round(one.confidence, 6)}
-        findings.append(Finding(verdict if reasons else ACCEPT, reasons, lineage))
-    return findings
+        findings[case.id] = Finding(verdict if reasons else ACCEPT, reasons, lineage)
+    return [findings.get(case.id, Finding(ACCEPT)) for case in cases]
 
 
 def train_judge(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,37 @@ def test_the_dataset_card_says_the_numbers_of_the_records(study: Study, tmp_path
     assert "SOP Instance UID" in card["real images"] and "agreement of pairs 0.600" in card["agreement of readers"]
     assert card["graded as"] == "The described images were graded as: guided."
     assert card["memory of training images"] == "not recorded"
+
+
+def test_a_cohort_of_other_groups_or_of_synthetic_images_is_refused(study: Study, tmp_path: Path) -> None:
+    other = cohorts.read_cohort(study.cohort)
+    renamed = {split: [replace(case, group=f"x{case.group}") for case in other.split(split)] for split in cohorts.SPLITS}
+    shutil.copytree(study.cohort, tmp_path / "other")
+    cohorts.write_cohort(replace(other.with_cases(**renamed), root=None), tmp_path / "other")
+    for folder in (tmp_path / "other", study.accepted):
+        with pytest.raises((DataError, LeakageError)):
+            write_evidence(study.accepted, tmp_path / "out", cohort=folder)
+    assert not list(tmp_path.glob("out/*.md"))
+
+
+def test_weights_of_unknown_origin_are_not_certified(study: Study, tmp_path: Path) -> None:
+    made = cohorts.read_cohort(study.accepted)
+    cases = [replace(case, lineage={**(case.lineage or {}), "generator_trusted": True}) for case in made.training]
+    cohorts.write_cohort(replace(made.with_cases(training=cases), root=None), study.accepted)
+    write_evidence(study.accepted, tmp_path / "out", cohort=study.cohort)
+    text = bullets(tmp_path / "out" / "DATASET_CARD.md")["what it saw"]
+    assert "None of them" not in text and text.endswith(
+        "Of 6 images nothing shows what weights behind them were first trained on."
+    )
+
+
+def test_the_model_card_has_only_arms_that_trained_on_the_described_images(study: Study, tmp_path: Path) -> None:
+    write_evidence(study.accepted, tmp_path / "out", **study.options)
+    assert "guided: " in bullets(tmp_path / "out" / "MODEL_CARD.md")["use in training"]
+    for path in (study.options["benchmark"] / "rows").iterdir():
+        edit(path, lambda row: row["key"]["arm"].update(synthetic=None, sources=[]))
+    write_evidence(study.accepted, tmp_path / "again", **study.options)
+    assert bullets(tmp_path / "again" / "MODEL_CARD.md")["use in training"] == "not recorded"
 
 
 def test_the_card_of_a_real_cohort_has_no_generator(study: Study, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def test_nothing_in_a_record_is_evaluated(value: Any) -> None:
         with pytest.raises(DataError, match="replay-record-malformed"):
             replay_settings(Generation("dagan", None, knobs), "cpu")
     plain = {"a": [1, 2.5, None, True, "karras"], "b": {}}
-    assert replay_settings(Generation("dagan", None, {"x": plain}), "cpu")["x"] == plain
+    assert replay_settings(Generation("dagan", None, {"target_label": plain}), "cpu")["target_label"] == plain
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
@@ -310,3 +310,30 @@ def test_records_of_several_folders_become_one(made: Made, cohort: Cohort, tmp_p
     assert len(read_record(tmp_path / "all")) == 3
     carry_record([tmp_path / "nowhere"], tmp_path / "all")  # images made elsewhere took their place
     assert not (tmp_path / "all" / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"session#_target_": "builtins.dict"},
+        {"sampler": {}},
+        {"guidance_settings": {"autoguidance": {"run_dir": "elsewhere"}}},
+        {"stable_diffusion_settings": {"model_dir": "elsewhere"}},
+    ],
+)
+def test_a_record_sets_what_samplers_name_and_no_folder(knobs: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="replay-record-malformed"):
+        replay_settings(Generation("dagan", None, knobs, ()), "cpu")
+
+
+def test_a_cohort_without_images_has_nothing_to_replay(cohort: Cohort) -> None:
+    with pytest.raises(DataError, match="replay-nothing"):
+        choose_cases(cohort.with_cases(training=[], validation=[], test=[]), [], 3)
+
+
+def test_out_in_the_folder_that_is_checked_is_refused_however_it_is_named(mine: Made) -> None:
+    with pytest.raises(MedaugError, match="out-is-input"):
+        replay(replace(mine, more=(*mine.more, "--out", str(mine.folder / "images"))), "--random", "1")
+    renamed = replace(mine, folder=mine.folder / "cohort.json", more=(*mine.more, "--out", str(mine.folder / "images")))
+    with pytest.raises(MedaugError, match="out-is-input"):
+        replay(renamed, "--random", "1")
