@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -139,6 +139,7 @@ def _run_processes(task: Task, numbers: Sequence[int], workers: int, advance: Ad
 def _start(task: Task, core: int | None) -> _Worker:
     """A new process. It inherits a mask that blocks Ctrl-C: the terminal sends that to the whole group, and only we answer it."""
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # now: the first start of a process would start it, and take the block off
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, task, core), daemon=True)
     with _interrupts_held():
