@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from medaug import assets, storage
 from medaug.errors import ConfigError
 from medaug.grading.presets import ALL_REAL, check_presets
 from medaug.grading.verdict import BASELINE
+from medaug.sessions import Sessions
 from medaug.stages import gate_synthetic, grade_arms
 from medaug.workflow import read_yaml, run_stage, run_training
 
@@ -157,7 +159,7 @@ def run_experiment(
         tracking: keyword arguments of `medaug.tracking.track`.
 
     Returns:
-        {"rows": of the benchmark, "verdict", "table": one line per arm}; see `write_table`.
+        {"rows": of the benchmark, "verdict", "table": one line per arm}, and what `_head` says; see `table_lines`.
 
     Raises:
         ConfigError, DataError, LeakageError, StorageError: see the stages.
@@ -166,26 +168,48 @@ def run_experiment(
     out = Path(out)
     tracking = dict(tracking or {"enabled": False})
     with storage.locked(out):
-        facts = {row.name: _make(experiment, row, Path(cohort_dir), out, seed, tracking) for row in experiment.rows}
+        head = _head(experiment, file, profile, seed)
+        storage.write_json(out / "experiment.json", head)  # what a report of an unfinished experiment can say
+        facts = {}
+        for row in experiment.rows:
+            with Sessions(out).stage(f"images of {row.name}", needed=not (out / "accepted" / row.name / "gate.json").is_file()):
+                facts[row.name] = _make(experiment, row, Path(cohort_dir), out, seed, tracking)
         specs, sources = experiment.arm_specs(out / "accepted", facts)
-        command = f"medaug experiment {experiment.name} --seed {seed}"
         result = grade_arms(
             Path(cohort_dir),
             out / "benchmark",
             specs,
             sources=sources,
-            command=command,
+            command=head["command"],
             tracking=tracking,
             **experiment.grading,
         )
         table = table_lines(result["rows"], result["verdict"], facts)
         if experiment.cells:
             _write_cells(experiment, out, result["rows"], table)
-        summary = {"name": experiment.name, "title": experiment.title, "rows": result["rows"], "verdict": result["verdict"]}
-        summary |= {"table": table, "settings": [asdict(row) for row in experiment.rows], "profile": experiment.profile}
+        summary = head | {"rows": result["rows"], "verdict": result["verdict"], "table": table}
         storage.write_json(out / "experiment.json", summary)
         storage.write_text(out / "table.md", markdown(experiment.title, table))
     return summary
+
+
+def _head(experiment: Experiment, file: str, profile: str | None, seed: int) -> dict[str, Any]:
+    """What is known before anything is made: what the file asks, its settings, and the command with the cohort as a variable."""
+    path = assets.experiment_path(file)
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    shipped = file in assets.list_experiments()
+    command = f'medaug experiment {file if shipped else path.name} --cohort "$COHORT" --out runs/{experiment.name}'
+    command += (f" --profile {Path(profile).name}" if profile else "") + f" --seed {seed}"
+    return {
+        "name": experiment.name,
+        "title": experiment.title,
+        "asked": " ".join(line.lstrip("# ").strip() for line in comment),
+        "command": command,
+        "profile": experiment.profile,
+        "seed": seed,
+        "settings": [asdict(row) for row in experiment.rows],
+        "cells": list(experiment.cells),
+    }
 
 
 def _write_cells(experiment: Experiment, out: Path, rows: Sequence[Mapping[str, Any]], table: Sequence[dict[str, Any]]) -> None:
