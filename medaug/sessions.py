@@ -134,7 +134,9 @@ def checked(content: Any) -> dict[str, list[Any]]:
     except (KeyError, TypeError):
         good = False
     if not good:
-        raise DataError("sessions-malformed", "The times and environments are not as medaug wrote them; restore the file or delete it.")
+        raise DataError(
+            "sessions-malformed", "The times and environments are not as medaug wrote them; restore the file or delete it."
+        )
     return {"environments": environments, "stages": stages}
 
 

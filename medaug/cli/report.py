@@ -14,7 +14,9 @@ from medaug.cli.options import JsonOption, app, show
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of `medaug experiment`, augment or grade, or a page of this command.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the page.")],
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="Write a page though training runs are missing; it says so.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Write a page though training runs are missing; it says so.")
+    ] = False,
     samples: Annotated[
         bool, typer.Option("--samples", help="Add a sheet of accepted images; a generator of few images may repeat some of them.")
     ] = False,

@@ -37,9 +37,7 @@ def verdict_and_points(record: GradingRecord, rows: Sequence[Row]) -> tuple[dict
     predictions = predictions_of(record.data, rows)
     scores = score_cells(predictions, metric, num_resamples=record.num_resamples)
     choices = choose(record.arms, rows, metric)
-    judged = {
-        arm.name: record.opponents[arm.name] for arm in at_verdict(record.arms, choices) if arm.base != BASELINE
-    }
+    judged = {arm.name: record.opponents[arm.name] for arm in at_verdict(record.arms, choices) if arm.base != BASELINE}
     verdict = judge(predictions, ordinal=record.data.ordinal, notes=record.notes, opponents=judged, scores=scores)
     for choice in choices:
         if choice.arm in verdict:

@@ -18,7 +18,7 @@ from medaug.grading.verdict import Predictions, primary_metric
 Row = dict[str, Any]
 _SETTINGS = ("arm", "base", "per_real", "real_fraction", "network", "seed", "num_training", "num_synthetic", "ratio", "num_steps")
 
-__all__ = ["CellSink", "Row", "named", "predictions_of", "summary_of", "tracked"]
+__all__ = ["CellSink", "Row", "check_test_cases", "named", "predictions_of", "summary_of", "tracked"]
 
 
 class CellSink(Protocol):
@@ -74,16 +74,25 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: value for name, value in metrics.items() if value is None or isinstance(value, (int, float))}
 
 
+def check_test_cases(data: GradedData, rows: Sequence[Row]) -> None:
+    """Refuse rows of other test cases; those of a page do not name theirs and were checked when it was written.
+
+    Raises:
+        DataError: `test-cases-differ`.
+    """
+    if any("ids" in row["test"] and storage.sha256_json(row["test"]["ids"]) != data.ids_sha256 for row in rows):
+        raise DataError(
+            "test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder."
+        )
+
+
 def predictions_of(data: GradedData, rows: Sequence[Row]) -> Predictions:
     """Collect the test probabilities of rows for the verdict.
 
     Raises:
         DataError: a row was scored on other test cases than the data's.
     """
-    if any("ids" in row["test"] and storage.sha256_json(row["test"]["ids"]) != data.ids_sha256 for row in rows):
-        raise DataError(
-            "test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder."
-        )
+    check_test_cases(data, rows)
     metric = primary_metric(data.ordinal)
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:

@@ -69,7 +69,7 @@ def _widths(outcome: Outcome) -> str | None:
         return None
     widths = sorted(result["high"] - result["low"] for result in found)
     metric = METRIC_LABELS[next(iter(outcome.verdict.values()))["metric"]]
-    span = f"{widths[0]:.3f}" if len(widths) == 1 else f"{widths[0]:.3f} to {widths[-1]:.3f}"
+    span = " to ".join(dict.fromkeys(f"{width:.3f}" for width in (widths[0], widths[-1])))
     return (
         f"The 95 % intervals of the differences to none are {span} wide in {metric}: effects smaller than about half of that cannot be "
         "told from nothing here."
@@ -88,7 +88,9 @@ def _ratio(outcome: Outcome) -> str | None:
         return None
     if len({round(ratio, 2) for ratio in ratios}) == 1:
         return f"One amount of synthetic images, {ratios[0]:.3g} per real one; it was set, not chosen on validation."
-    return f"Amounts of {ratios[0]:.3g} to {ratios[-1]:.3g} synthetic images per real one; they were set, not chosen on validation."
+    return (
+        f"Amounts of {ratios[0]:.3g} to {ratios[-1]:.3g} synthetic images per real one; they were set, not chosen on validation."
+    )
 
 
 def _selection(outcome: Outcome) -> str:

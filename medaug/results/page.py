@@ -20,7 +20,7 @@ from medaug.results.study import page_files
 from medaug.results.unfinished import finished_part
 
 README_NAME, NOTES_NAME = "README.md", "NOTES.md"
-_MARK = "<!-- Written by `medaug report`; write to NOTES.md, not here. sha256 {} -->\n"
+_MARK = "\n<!-- Written by `medaug report`; write to NOTES.md, not here. sha256 {} -->\n"
 _MARKED = re.compile(_MARK.format("([0-9a-f]{64})"))
 
 __all__ = ["NOTES_NAME", "README_NAME", "write_page"]
@@ -53,7 +53,9 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
             f"{len(missing)} of {len(study.record.cells)} training runs of {folder.name} are missing, or its command has not come to its "
             "end; run that again, or add --unfinished for a page that says so.",
         )
-    sheet = samples_png(folder, study.record.data.classes) if samples or (is_page(folder) and study.facts.get("samples")) else None
+    sheet = (
+        samples_png(folder, study.record.data.classes) if samples or (is_page(folder) and study.facts.get("samples")) else None
+    )
     if bool(study.facts.get("samples")) != (sheet is not None):
         study = replace(study, facts={**study.facts, "samples": sheet is not None})
     record, rows = finished_part(study.record, study.rows)
@@ -61,7 +63,9 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
     verdict, points = verdict_and_points(record, rows)
     with storage.locked(out):
         _refuse_occupied(out)
-        notes = next((place.read_text(encoding="utf-8") for place in (out / NOTES_NAME, folder / NOTES_NAME) if place.is_file()), "")
+        notes = next(
+            (place.read_text(encoding="utf-8") for place in (out / NOTES_NAME, folder / NOTES_NAME) if place.is_file()), ""
+        )
         write_report(out, record, rows, verdict, points=points)
         figures = [name for name in FIGURES if (out / name).is_file()]
         text = _marked(readme(study, Outcome(record, rows, verdict), figures, notes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         unfinished=_unfinished(study, outcome),
         asked=_asked(study, outcome),
         summary=_summary(outcome),
-        arms=[_arm(arm, entry) for arm, entry in outcome.verdict.items()],
+        arms=[_arm(entry) for entry in outcome.verdict.values()],
         ungraded=[line for line in facts.get("made") or () if line["accepted"] == 0],
         warnings=_warnings(outcome),
         figures=figures,
@@ -63,6 +64,7 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         command=Ready(_one_line(facts.get("command") or "")),
         where=_where(study),
         data=_data(record),
+        intake=_intake(facts.get("intake")),
         counts=_counts(record),
         leak=_leak(record),
         acceptance=_acceptance(record),
@@ -116,7 +118,7 @@ def _summary(outcome: Outcome) -> str:
     return " ".join(f"{VERDICTS[verdict]}: {listed(arms)}." for verdict, arms in groups.items() if arms)
 
 
-def _arm(arm: str, entry: Mapping[str, Any]) -> dict[str, str]:
+def _arm(entry: Mapping[str, Any]) -> dict[str, str]:
     """An arm's verdict: the sentence of `judge`, then what it rests on."""
     parts = [_tested("none", entry["against_none"], entry["wilcoxon"], entry["opponents"]["baseline"])]
     if entry["against_control"]:
@@ -127,7 +129,8 @@ def _arm(arm: str, entry: Mapping[str, Any]) -> dict[str, str]:
         parts.append(f"against real images in the same views: Holm-adjusted p {figure(entry['against_views']['p_holm'])}")
     if entry["validation_difference"] is not None:
         parts.append(f"difference to none on validation {figure(entry['validation_difference'], signed=True)}")
-    return {"name": arm, "verdict": entry["verdict"], "sentence": entry["sentence"], "details": f"{'; '.join(parts)}."}
+    details = f"{'; '.join(parts)}."
+    return {"verdict": VERDICTS[entry["verdict"]], "sentence": entry["sentence"], "details": details[0].upper() + details[1:]}
 
 
 def _tested(words: str, result: Mapping[str, Any], ranks: Mapping[str, Any], name: str) -> str:
@@ -159,7 +162,13 @@ def _where(study: Study) -> str:
     for entry in stages:
         seconds[entry["stage"]] = seconds.get(entry["stage"], 0.0) + entry["seconds"]
     spent = ", ".join(f"{stage} {_duration(total)}" for stage, total in seconds.items())
-    return f"Run with {'; '.join(places)}. Time: {spent}."
+    return f"Run with {'; '.join(places)}. Time: {spent}.{_profiles(study)}"
+
+
+def _profiles(study: Study) -> str:
+    own, graders = study.facts.get("profile"), study.record.profile
+    makers = f"{own} of the generators, " if own else ""
+    return f" Profiles: {makers}{graders} of the graders." if graders else ""
 
 
 def _duration(seconds: float) -> str:
@@ -174,6 +183,11 @@ def _data(record: GradingRecord) -> str:
     text += f"{'ordered' if data.ordinal else 'unordered'} classes, content sha256 {data.content_sha256[:12]}"
     by = f"; made with medaug {made['version']}, settings sha256 {str(made['config_sha256'])[:12]}, seed {made['seed']}"
     return text + (by if {"version", "config_sha256", "seed"} <= set(made) else "") + "."
+
+
+def _intake(section: Mapping[str, Any] | None) -> str:
+    """The section of an experiment's file that made the cohort, with its variables."""
+    return listed(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in (section or {}).items())
 
 
 def _counts(record: GradingRecord) -> list[list[Any]]:

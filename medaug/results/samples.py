@@ -30,7 +30,9 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
     folder = Path(folder)
     if is_page(folder):
         if not (folder / SAMPLES_NAME).is_file():
-            raise DataError("samples-missing", f"The page {folder.name} has no {SAMPLES_NAME}; write it from the experiment's folder.")
+            raise DataError(
+                "samples-missing", f"The page {folder.name} has no {SAMPLES_NAME}; write it from the experiment's folder."
+            )
         return (folder / SAMPLES_NAME).read_bytes()
     places = [folder / ACCEPTED, *sorted((folder / ACCEPTED).glob("*/"))]
     sets = [read_cohort(place) for place in places if (place / FILE_NAME).is_file()]
@@ -48,7 +50,9 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], classes, fontsize=8)
         axis.set_xticks([])
-        axis.set_title(made.root.name if made.root is not None and made.root.parent.name == ACCEPTED else "", fontsize=9, loc="left")
+        axis.set_title(
+            made.root.name if made.root is not None and made.root.parent.name == ACCEPTED else "", fontsize=9, loc="left"
+        )
         axis.spines[:].set_visible(False)
     return png(figure)
 

@@ -72,11 +72,13 @@ def read_study(folder: Path) -> Study:
 
 def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Mapping[str, Any] | None) -> dict[str, Any]:
     """What is known beside the grading; a path in it is hidden."""
-    common = {"command": record.command, "profile": record.profile}
+    common = {"command": record.command}
     if experiment is not None:
-        names = ("name", "title", "asked", "command", "settings", "cells", "intake")
+        names = ("name", "title", "asked", "command", "profile", "settings", "cells", "intake")
         known = {name: experiment[name] for name in names if experiment.get(name)}
-        made = [{name: line.get(name) for name in _MADE} for line in experiment.get("table", ()) if line.get("generated")]
+        table = [line for line in experiment.get("table", ()) if line.get("generated")]
+        rows = {str(line["arm"]).partition("@")[0]: line for line in reversed(table)}  # variants of a row share its images
+        made = [{name: line.get(name) for name in _MADE} | {"arm": row} for row, line in reversed(rows.items())]
         hidden = {name: _public(known[name]) for name in ("settings", "intake") if name in known}
         return {"kind": EXPERIMENT, **common, **known, **hidden, "made": made}
     if job is not None:
@@ -95,4 +97,5 @@ def _public(value: Any) -> Any:
         return {key: Path(inner).name if key == "bundle" else _public(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_public(entry) for entry in value]
-    return HIDDEN if isinstance(value, str) and ("/" in value or "\\" in value) else value
+    hidden = isinstance(value, str) and ("/" in value or "\\" in value) and not value.startswith("$")  # $DATA/x names nobody
+    return HIDDEN if hidden else value

@@ -16,7 +16,7 @@ import numpy as np
 from medaug import sessions, storage
 from medaug.errors import DataError
 from medaug.grading.record import GradingRecord, record_from_json, record_to_json
-from medaug.grading.rows import Row
+from medaug.grading.rows import Row, check_test_cases
 from medaug.grading.statistics import classification_metrics
 
 PAGE_FORMAT = 1
@@ -51,7 +51,9 @@ def page_files(study: Study) -> dict[str, str]:
     record = record_to_json(study.record)
     data = dict(record["data"])
     keys = [row["key"] for row in study.rows]
-    shared = {name: value for name, value in keys[0].items() if name != "arm" and all(key.get(name, key) == value for key in keys)}
+    shared = {
+        name: value for name, value in keys[0].items() if name != "arm" and all(key.get(name, key) == value for key in keys)
+    }
     rows = {
         "format": PAGE_FORMAT,
         "probabilities": "millionths, image by image, class by class",
@@ -160,8 +162,9 @@ def check_rows(record: GradingRecord, rows: Sequence[Row]) -> None:
 
     Raises:
         DataError: `rows-mixed` for rows of another cohort, `row-changed` where the name of a row, its arm, network or seed, or
-            its figures contradict the rest of it.
+            its figures contradict the rest of it; `test-cases-differ`.
     """
+    check_test_cases(record.data, rows)
     cells = {(cell.arm, cell.network, cell.seed): cell.sha256 for cell in record.cells}
     bases = {arm.name: arm.base for arm in record.arms}
     target = np.array(record.data.target)

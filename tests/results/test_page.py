@@ -18,6 +18,8 @@ from medaug.grading.tables import number, table_rows
 from medaug.results.page import write_page
 from medaug.results.sources import read_study
 
+WARNED = "Leak indicator: High: patients probably cross the split."
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != storage.LOCK_NAME}
@@ -52,19 +54,33 @@ def test_figures_are_those_of_the_verdict(world: Path, page: Path) -> None:
     text = (page / "README.md").read_text()
     assert set(verdict) == {"oversample", "drawn"}
     for arm, entry in verdict.items():
-        assert f"- **{arm}: {entry['verdict']}.** {entry['sentence']}" in text
+        assert f"- **{entry['verdict'].capitalize()}.** {entry['sentence']}" in text and arm in entry["sentence"]
         none = entry["against_none"]
-        assert f"gainst none: p {none['p_value']:.3f}, Holm-adjusted {none['p_holm']:.3f}, better in {entry['wilcoxon']['wins']} of 2" in text
+        assert (
+            f"gainst none: p {none['p_value']:.3f}, Holm-adjusted {none['p_holm']:.3f}, better in {entry['wilcoxon']['wins']} of 2"
+            in text
+        )
     control = verdict["drawn"]["against_control"]
     assert f"against repeated real images (oversample): p {control['p_value']:.3f}, Holm-adjusted {control['p_holm']:.3f}" in text
-    for name in ("table.md", "table.csv", "table.tex", "rows.csv", "comparison.png", "forest.png", "confusion.png", "report.html"):
+    for name in (
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "rows.csv",
+        "comparison.png",
+        "forest.png",
+        "confusion.png",
+        "report.html",
+    ):
         assert (page / name).read_bytes() == (world / "bench" / name).read_bytes(), name
 
 
 def test_the_table_by_network_is_of_the_rows(page: Path) -> None:
     study = read_study(page)
     lines = {(line["arm"], line["network"]): line for line in table_rows(study.rows, {})}
-    cells = [number(lines[arm, "resnet18"][m := "balanced_accuracy"], lines[arm, "resnet18"][f"{m}_std"]) for arm in ("none", "drawn")]
+    cells = [
+        number(lines[arm, "resnet18"][m := "balanced_accuracy"], lines[arm, "resnet18"][f"{m}_std"]) for arm in ("none", "drawn")
+    ]
     (line,) = [line for line in (page / "README.md").read_text().splitlines() if line.startswith("| resnet18 |")]
     assert line.startswith(f"| resnet18 | {cells[0]} |") and f"| {cells[1]} (" in line
 
@@ -74,17 +90,14 @@ def test_a_page_says_where_it_comes_from_and_what_it_does_not_show(page: Path, w
     assert WARNED in text and "For 36 images no patient is known" in text
     assert 'medaug grade --cohort "$COHORT" --out "$OUT" --arm none --arm oversample --arm "drawn=$DRAWN"' in text
     assert "One set of images for each synthetic arm" in text and "Images of 16 x 16 px" in text
-    assert "it was set, not chosen on validation" in text and "9 | 4 | 44%" in text
+    assert "it was set, not chosen on validation" in text and "| 9 | 4 | 44% |" in text
     found = json.loads((page / "environment.json").read_text())
     assert re.search(r"Time: grading [\d.]+ (seconds|minutes)\.", text) and found["stages"][0]["stage"] == "grading"
     widths = [
         entry["against_none"]["high"] - entry["against_none"]["low"]
         for entry in json.loads((world / "bench" / "verdict.json").read_text()).values()
     ]
-    assert f"are {min(widths):.3f} to {max(widths):.3f} wide" in text
-
-
-WARNED = "Leak indicator: High: patients probably cross the split."
+    assert re.search(rf"are ({min(widths):.3f} to )?{max(widths):.3f} wide", text)
 
 
 def test_names_cannot_pose_as_markup(page: Path) -> None:
@@ -159,9 +172,7 @@ def first_row(bench: Path) -> Path:
         (lambda row: row["test"]["ids"].reverse(), "test-cases-differ"),
     ],
 )
-def test_a_row_changed_by_hand_is_refused(
-    bench: Path, tmp_path: Path, change: Callable[[Any], None], code: str
-) -> None:
+def test_a_row_changed_by_hand_is_refused(bench: Path, tmp_path: Path, change: Callable[[Any], None], code: str) -> None:
     edit(first_row(bench), change)
     with pytest.raises(DataError) as caught:
         write_page(bench, tmp_path / "page")
@@ -170,12 +181,19 @@ def test_a_row_changed_by_hand_is_refused(
 
 
 def swap_arms(rows: Any) -> None:
-    first, second = (row for row in rows["rows"] if (row["network"], row["seed"]) == ("simple_cnn", 0) and row["arm"] != "oversample")
+    first, second = (
+        row for row in rows["rows"] if (row["network"], row["seed"]) == ("simple_cnn", 0) and row["arm"] != "oversample"
+    )
     first["arm"], second["arm"] = second["arm"], first["arm"]
 
 
 @pytest.mark.parametrize(
-    "change", [swap_arms, lambda rows: rows["rows"][0]["test"]["metrics"].update(accuracy=0.99), lambda rows: rows["test"]["target"].reverse()]
+    "change",
+    [
+        swap_arms,
+        lambda rows: rows["rows"][0]["test"]["metrics"].update(accuracy=0.99),
+        lambda rows: rows["test"]["target"].reverse(),
+    ],
 )
 def test_a_page_whose_rows_were_changed_is_refused_even_with_a_new_hash(page: Path, tmp_path: Path, change: Any) -> None:
     shutil.copytree(page, tmp_path / "page")
@@ -268,7 +286,7 @@ def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: 
         "title": "Where | noise goes",
         "asked": "Does <it> matter?",
         "command": 'medaug experiment noise --cohort "$COHORT"',
-        "settings": [{"name": "drawn", "bundle": "/root/secret/mine", "training": {"weights": "/root/secret/file"}}],
+        "settings": [{"name": "drawn", "bundle": "/home/secret/mine", "training": {"weights": "/home/secret/file"}}],
     }
     storage.write_json(tmp_path / "job" / "experiment.json", head)
     with pytest.raises(DataError, match="page-unfinished"):
@@ -281,7 +299,7 @@ def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: 
     text = (tmp_path / "page" / "README.md").read_text()
     assert text.startswith("# Where \\| noise goes\n\n**Asked.** Does &lt;it&gt; matter? Arms: none, oversample, drawn;")
     assert "    medaug experiment noise --cohort" in text and "| drawn | 27 | 12 | 0.750 |" in text
-    assert "- **lost: not graded.** None of 9 generated images was accepted." in text
+    assert "- **Not graded.** lost: none of 9 generated images was accepted." in text
     written = (tmp_path / "page" / "experiment.json").read_text()
     assert "secret" not in written and '"bundle": "mine"' in written
 
