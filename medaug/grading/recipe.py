@@ -24,6 +24,9 @@ _TRANSFORMERS = dict.fromkeys(
     ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "convnext_tiny"), _TRANSFORMER
 )
 
+# Autocast to bfloat16 makes these slower on a CPU (`benchmarks/grading_step.py`): their depthwise convolutions have no fast kernels of 16 bits.
+_FLOAT32_ONLY = ("mobilenetv2_100", "efficientnet_b0")
+
 # profile -> network (or "default") -> fields of ClassifierRecipe that differ from the profile's default.
 GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {DEFAULT: {"num_steps": 30, "batch_size": 16, "evaluate_every": 15, "learning_rate": 3e-3}},
@@ -57,7 +60,7 @@ def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | No
     Args:
         profile: a key of `GRADING_PROFILES`.
         network: networks without an entry of their own take the profile's default.
-        overrides: fields to change, for every arm alike.
+        overrides: fields to change, for every arm alike; `precision` leaves networks that gain nothing from 16 bits at float32.
 
     Raises:
         ConfigError: unknown profile or field, or a value out of range.
@@ -73,7 +76,8 @@ def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | No
             "recipe-unknown-key",
             f"A classifier recipe has the fields {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.",
         )
-    return replace(recipe, **(overrides or {}))
+    recipe = replace(recipe, **(overrides or {}))
+    return replace(recipe, precision="float32") if network in _FLOAT32_ONLY else recipe
 
 
 def recipe_content(recipe: ClassifierRecipe) -> dict[str, Any]:
