@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from rows import WORK, WorkFolder, command_of, environment, settings_of
+from rows import WORK, WorkFolder, command_of, environment, record, settings_of
 
 NAME = "tune_recipes"
 
@@ -88,9 +88,11 @@ def main() -> None:
     for network, rate, steps in itertools.product(options.networks, options.rates, options.steps):
         chosen = [e["last"] for e in lines if (e["network"], e["rate"], e["steps"]) == (network, rate, steps)]
         means.setdefault(network, {})[f"{rate:g} x {steps}"] = round(statistics.fmean(chosen), 4)
-    row = {"command": command_of(parser, options), "settings": settings_of(options), "means": means, "runs": lines}
+    settings = {key: value for key, value in settings_of(options).items() if key != "cohort"}  # runs name it by its content
+    row = {"command": command_of(parser, options), "settings": settings, "means": means, "runs": lines}
     print(*(f"{network}: {entry}" for network, entry in means.items()), sep="\n")
-    work.finish(row | environment(), NAME, keep=True) if not options.no_record else None
+    if not options.no_record:  # the runs are kept for a wider search
+        record(row | environment(), NAME)
 
 
 def name_of(run: tuple[Any, ...]) -> str:
