@@ -22,6 +22,7 @@ from medaug.quality.alignment import PixelIndex, working_images
 from medaug.quality.copy_ruler import near_in
 from medaug.quality.copy_statistics import closeness
 from medaug.quality.fidelity import kid, neighbourhood_metrics
+from medaug.quality.images import BATCH_SIZE
 from medaug.quality.mmd import gaussian_mmd
 from medaug.quality.neighbours import nearest
 from medaug.quality.outliers import METHODS
@@ -73,10 +74,10 @@ def stages(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         torch.from_numpy(draw.uniform(-1, 1, (n, 1, options.size, options.size))).float()
         for n in (options.synthetic, options.real)
     ]
-    index = PixelIndex(working_images([pictures[1]]), np.arange(options.real))
+    index = PixelIndex(working_images(pictures[1].split(BATCH_SIZE)), np.arange(options.real))
     work: dict[str, Callable[[], Any]] = {
         "copies, features": lambda: near_in(real, groups, synthetic),
-        "copies, pixels": lambda: index.match(working_images([pictures[0]])),
+        "copies, pixels": lambda: index.match(working_images(pictures[0].split(BATCH_SIZE))),
         "closeness": lambda: closeness(synthetic, real, held),
         "KID": lambda: kid(real, synthetic),
         "precision, recall, density, coverage": lambda: neighbourhood_metrics(real, synthetic),
