@@ -23,7 +23,7 @@ KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "share
 MAPPINGS = ("training", "generating", "gate", "feedback")  # a row's own values are laid over the shared ones key by key
 ROW_KEYS = ("name", "bundle", "overlay", *MAPPINGS, "trainer")
 GATE_KEYS = ("checks", "threshold", "filter_recipe", "calibrate", "label", "amst")
-GRADING = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
+GRADING: dict[str, Any] = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
 GRADING_KEYS = (*GRADING, "synthetic_per_real", "allocation", "real_fraction", "amst", "overrides")
 
 

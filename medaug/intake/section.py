@@ -90,7 +90,7 @@ def _options(content: Any, out: Path, place: Callable[[str], Path]) -> IntakeOpt
         words, fits = _KINDS[key]
         if not fits(value):
             raise ConfigError("config-value", f"The option {key} of `intake` must be {words}, got {str(value)[:40]!r}.")
-    read = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    read: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
     read |= {key: place(read[key]) for key in PATHS if key in read}
     if "class_names" in read:
         read["class_names"] = tuple((str(label), name) for label, name in read["class_names"].items())
