@@ -155,9 +155,7 @@ def _make(
     }
 
 
-def _make_in_rounds(
-    experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int
-) -> dict[str, Any]:
+def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, Any]:
     """Generate and gate one row where a grader doubts; in all as many images as the row would make at once."""
     settings = load_config(row.bundle, "generating", experiment.profile, row.overlay or None) | dict(row.generating)
     real = sum(not case.is_synthetic for case in read_cohort(cohort).training)

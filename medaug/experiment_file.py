@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from medaug import assets, storage
 from medaug.errors import ConfigError
-from medaug.grading.presets import ALL_REAL, check_presets
+from medaug.grading.arms import parse_arm
+from medaug.grading.presets import ALL_REAL, PRESETS, check_presets
 from medaug.grading.recipe import grading_recipe
 from medaug.intake.section import check_section
+from medaug.quality.gate_config import plan_checks, take_threshold
+from medaug.training.amst_recipe import amst_recipe
 from medaug.workflow import read_yaml
 
 if TYPE_CHECKING:
@@ -74,9 +77,11 @@ class ExperimentRow:
         rounds = settings.pop("rounds", None)
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ConfigError("feedback-option", f"feedback of row {self.name} needs `rounds`, at least 1, got {rounds!r}.")
-        checks = self.gate.get("checks", FeedbackOptions.checks)
+        checks = FeedbackOptions.checks if self.gate.get("checks") is None else self.gate["checks"]
         if set(self.gate) - {"checks"} or not all(isinstance(check, str) for check in checks):
-            raise ConfigError("feedback-option", f"The gate of row {self.name} takes names of checks alone, since feedback runs it.")
+            raise ConfigError(
+                "feedback-option", f"The gate of row {self.name} takes names of checks alone, since feedback runs it."
+            )
         return FeedbackOptions(budget, math.ceil(budget / rounds), checks=tuple(checks), **settings)
 
 
@@ -129,8 +134,8 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
         profile: replaces the file's own.
 
     Raises:
-        ConfigError: not there, an unknown key, no row, two rows of one name, settings that cannot be meant, or a cell that is
-            unknown or lacks its row.
+        ConfigError: not there, an unknown key, no row, two rows of one name, an arm, check, trainer or setting that cannot be meant,
+            or a cell that is unknown or lacks its row.
     """
     content = _content(file)
     _check_keys("experiment", content, KEYS)
@@ -145,6 +150,9 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
     if (intake := content.get("intake")) is not None:
         check_section(intake)
     arms = tuple(dict.fromkeys(["none", *(content.get("arms") or ["oversample"])]))
+    for arm in arms:
+        if "=" not in arm and arm not in PRESETS:
+            parse_arm(arm)
     name, title = str(content.get("name") or Path(file).stem), str(content.get("title", ""))
     cells = tuple(map(str, content.get("cells") or ()))
     check_presets(cells, names)
@@ -196,6 +204,9 @@ def _row(shared: Mapping[str, Any], row: Any) -> ExperimentRow:
         raise ConfigError("experiment-rows", f"A row of an experiment needs {' and '.join(missing)}.")
     made = ExperimentRow(**merged)
     _check_keys("gate settings of a row", made.gate, GATE_KEYS)
+    plan_checks(take_threshold(made.gate.get("checks") or [], None)[0])
+    if made.trainer:
+        amst_recipe(made.trainer.partition(":")[0])
     if made.feedback is not None:
         made.feedback_options(1)
     return made

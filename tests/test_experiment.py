@@ -125,7 +125,12 @@ def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
         return {"saving": {"generated": 21}, "accepted": None}
 
     monkeypatch.setattr(experiment, "run_feedback", feedback)
-    row = {"name": "rounds", "bundle": "guided_ddpm", "generating": {"synthetic_per_real": 1.5, "seed": 4}, "feedback": {"rounds": 3}}
+    row = {
+        "name": "rounds",
+        "bundle": "guided_ddpm",
+        "generating": {"synthetic_per_real": 1.5, "seed": 4},
+        "feedback": {"rounds": 3},
+    }
     read = experiment.read_experiment(write(tmp_path, rows=[row], profile="tiny"))
     facts = experiment._make_in_rounds(read, read.rows[0], tmp_path / "cohort", tmp_path / "run", tmp_path / "out", seed=10)
     assert facts == {"generated": 21, "accepted": 0, "label_agreement": None}
@@ -191,7 +196,9 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_an_experiment_runs_from_nothing_to_a_table_and_again_without_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_experiment_runs_from_nothing_to_a_table_and_again_without_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     intake = draw_folder(tmp_path / "data")
     monkeypatch.setenv("DRAWN", str(tmp_path / "data"))
     grading = {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}

@@ -11,10 +11,6 @@ import yaml
 from medaug import assets
 from medaug.errors import ConfigError
 from medaug.experiment_file import read_experiment
-from medaug.grading.arms import parse_arm
-from medaug.quality.gate import DEFAULT_CHECKS
-from medaug.quality.gate_config import plan_checks
-from medaug.training.amst_recipe import ABLATIONS
 from medaug.workflow import load_config
 
 SHARED: dict[str, Any] = {"bundle": "guided_ddpm", "training": {"batch_size": 4, "max_epochs": 1}, "gate": {"checks": ["usable"]}}
@@ -60,6 +56,9 @@ def test_rows_that_train_alike_share_a_run(tmp_path: Path) -> None:
         ({"rows": [{"name": "a", "bundle": "x"}], "intake": {"source": "x", "out": "y"}}, "config-key-unknown"),
         ({"rows": [{"name": "a", "bundle": "x", "gate": {"check": []}}]}, "config-key-unknown"),
         ({"rows": [{"name": "a", "bundle": "x", "gate": ["usable"]}]}, "config-value"),
+        ({"rows": [{"name": "a", "bundle": "x", "gate": {"checks": ["usuable"]}}]}, "check-unknown"),
+        ({"rows": [{"name": "a", "bundle": "x", "trainer": "amts"}]}, "amst-unknown"),
+        ({"rows": [{"name": "a", "bundle": "x"}], "arms": ["cutmixx"]}, "arm-unknown"),
         ({"rows": [{"name": "a", "bundle": "x", "feedback": {}}]}, "feedback-option"),
         ({"rows": [{"name": "a", "bundle": "x", "feedback": {"rounds": 2, "budget": 9}}]}, "config-key-unknown"),
         ({"rows": [{"name": "a", "bundle": "x", "feedback": {"rounds": 2}, "gate": {"label": "amst"}}]}, "feedback-option"),
@@ -81,9 +80,6 @@ def test_shipped_experiments_are_complete(name: str) -> None:
         for stage, own, overlay in (("training", row.training, None), ("generating", row.generating, row.overlay or None)):
             config = load_config(row.bundle, stage, read.profile, overlay)
             assert {key.split("#")[0] for key in own} <= set(config), (row.name, stage)
-        plan_checks(row.gate.get("checks", DEFAULT_CHECKS))
-        assert not row.trainer or row.trainer in ABLATIONS
-    assert [parse_arm(arm).name for arm in read.arms] == list(read.arms)
 
 
 def test_rows_of_cells_are_sources_and_all_real_images_are_the_baseline(tmp_path: Path) -> None:
@@ -96,7 +92,11 @@ def test_rows_of_cells_are_sources_and_all_real_images_are_the_baseline(tmp_path
 
 
 def test_rows_that_differ_in_the_trainer_alone_use_the_same_images(tmp_path: Path) -> None:
-    rows = [*ROWS, {**ROWS[1], "name": "shaken+amst", "trainer": "amst"}, {**ROWS[1], "name": "unfiltered", "gate": {"checks": []}}]
+    rows = [
+        *ROWS,
+        {**ROWS[1], "name": "shaken+amst", "trainer": "amst"},
+        {**ROWS[1], "name": "unfiltered", "gate": {"checks": []}},
+    ]
     read = read_experiment(write(tmp_path, shared=SHARED, rows=rows))
     assert [read.maker(row).name for row in read.rows] == ["still", "shaken", "shaken", "unfiltered"]
     facts = {row.name: {"accepted": 0 if row.name == "still" else 5} for row in read.rows}
@@ -120,7 +120,9 @@ def test_the_images_of_rounds_are_those_that_feedback_kept(tmp_path: Path) -> No
 
 def test_a_file_that_extends_another_lays_its_keys_over_it(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", name="first", title="Base", shared=SHARED, rows=ROWS, arms=["none"], grading={"seeds": 5})
-    read = read_experiment(write(tmp_path, extends="base.yaml", title="Other", intake={"source": "$X"}, grading={"profile": "tiny"}))
+    read = read_experiment(
+        write(tmp_path, extends="base.yaml", title="Other", intake={"source": "$X"}, grading={"profile": "tiny"})
+    )
     assert (read.name, read.title, read.intake) == ("table", "Other", {"source": "$X"})
     assert [row.name for row in read.rows] == ["still", "shaken"] and read.arms == ("none",)
     assert (read.grading["seeds"], read.grading["profile"]) == (3, "tiny")  # whole keys, nothing is merged

@@ -27,7 +27,9 @@ def experiment(
     profile: ProfileOption = None,
     seed: SeedOption = 0,
     executor: Annotated[str, typer.Option(help="Of the grading: local or ray; both give the same rows.")] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="Of the grading: training runs side by side, see `medaug grade`.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of the grading: training runs side by side, see `medaug grade`.")
+    ] = None,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:

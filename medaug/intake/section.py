@@ -26,8 +26,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _numbers(count: int) -> _Kind:
-    return f"a list of {count} numbers", lambda value: (
-        isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+    return (
+        f"a list of {count} numbers",
+        lambda value: isinstance(value, list) and len(value) == count and all(map(_is_number, value)),
     )
 
 
@@ -81,7 +82,9 @@ def publishable(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(content: Any, out: Path, place: Callable[[str], Path]) -> IntakeOptions:
     if not isinstance(content, Mapping) or "source" not in content:
-        raise ConfigError("intake-section", "The section `intake` must be a mapping with at least `source`, the images to take in.")
+        raise ConfigError(
+            "intake-section", "The section `intake` must be a mapping with at least `source`, the images to take in."
+        )
     if unknown := sorted(set(map(str, content)) - set(_KINDS)):
         raise ConfigError(
             "config-key-unknown", f"The section `intake` knows {', '.join(sorted(_KINDS))}; got {', '.join(unknown)}."
@@ -99,7 +102,9 @@ def _options(content: Any, out: Path, place: Callable[[str], Path]) -> IntakeOpt
 
 def _unexpanded(text: str) -> Path:
     if not Template(text).is_valid():
-        raise ConfigError("config-value", "A dollar sign in a path of `intake` begins the name of a variable; write $$ for the sign.")
+        raise ConfigError(
+            "config-value", "A dollar sign in a path of `intake` begins the name of a variable; write $$ for the sign."
+        )
     return Path(text)
 
 
@@ -110,6 +115,7 @@ def _expanded(text: str) -> Path:
             inside = text.partition(name)[2].lstrip("}").strip("/")
             what = f"the folder that holds {inside}" if inside else "the path of the images"
             raise ConfigError(
-                "variable-unset", f"The images are at {text}, and {name} is not set; set the environment variable {name} to {what}."
+                "variable-unset",
+                f"The images are at {text}, and {name} is not set; set the environment variable {name} to {what}.",
             )
     return Path(Template(text).substitute(os.environ))

@@ -86,7 +86,11 @@ def test_what_cannot_be_meant_is_refused(content: Any, code: str) -> None:
 
 @pytest.mark.parametrize(
     ("source", "what"),
-    [("$DATA/ct/slices", "the folder that holds ct/slices"), ("${DATA}/ct", "the folder that holds ct"), ("$DATA", "the path of the images")],
+    [
+        ("$DATA/ct/slices", "the folder that holds ct/slices"),
+        ("${DATA}/ct", "the folder that holds ct"),
+        ("$DATA", "the path of the images"),
+    ],
 )
 @pytest.mark.parametrize("value", [None, ""])
 def test_a_variable_that_is_not_set_is_named_with_what_it_should_hold(
