@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,10 +15,12 @@ from medaug import storage
 from medaug.cohort import read_cohort
 from medaug.generation.plan import quotas
 from medaug.quality.gate import GateResult
+from medaug.sessions import Sessions
 from medaug.stages import gate_synthetic, grade_arms, take_in
-from medaug.training.run_folder import RunRecord
+from medaug.training.run_folder import RUN_FILE, RunRecord
 from medaug.workflow import load_config, run_stage, run_training, split_overrides
 
+_PATH_LIKE = r"[/\\]"
 ARMS = ("none", "crop_rotate", "oversample")
 DEFAULTS: dict[str, Any] = {
     "gate_threshold": 0.8,  # least confidence of the pseudo-label
@@ -63,14 +67,18 @@ def run_augment(
     settings, stages = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
     if allow_short is not None:
         settings["allow_short"] = allow_short
-    job = _Job(bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}))
+    command = _command(bundle, profile, overrides or {}, settings["allow_short"], seed)
+    job = _Job(bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}), command)
     with storage.locked(job.out):
-        record = job.train()
+        with Sessions(job.out).stage("training", needed=not (job.out / "run" / RUN_FILE).is_file()):
+            record = job.train()
         quota = job.quota()
         judge = partial(job.judge, quota)
-        gated = _generate_until_enough(job.generate, judge, quota, settings, job.out / "counts.json")
+        with Sessions(job.out).stage("generation and gate", needed=not (job.out / "augment.json").is_file()):
+            gated = _generate_until_enough(job.generate, judge, quota, settings, job.out / "counts.json")
         result = job.grade()
         summary = {
+            "bundle": Path(bundle).name,
             "rows": result["rows"],
             "verdict": result["verdict"],
             "accepted": len(gated.accepted.training),
@@ -80,6 +88,18 @@ def run_augment(
         }
         storage.write_json(job.out / "augment.json", summary)
         return summary
+
+
+def _command(bundle: str, profile: str | None, overrides: Mapping[str, Any], allow_short: bool, seed: int) -> str:
+    """The command line with the cohort as a variable; a setting that may be a path is named and not shown."""
+    name = Path(bundle).name
+    parts = [f'medaug augment {name} --cohort "$COHORT" --out runs/{name}']
+    parts += [f"--profile {Path(profile).name}"] if profile else []
+    for key, value in overrides.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"--set '{key}={'...' if re.search(_PATH_LIKE, text) else text}'")
+    parts += ["--allow-short"] if allow_short else []
+    return " ".join([*parts, f"--seed {seed}"])
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,7 @@ class _Job:
     stages: Mapping[str, Mapping[str, Any]]
     seed: int
     tracking: Mapping[str, Any]
+    command: str
 
     def _overrides(self, stage: str, **own: Any) -> dict[str, Any]:
         return (
@@ -146,7 +167,7 @@ class _Job:
             networks=self.settings["networks"],
             seeds=self.settings["seeds"],
             profile=self.settings["grading_profile"],
-            command=f"medaug augment {name} --profile {Path(self.profile).name if self.profile else 'none'} --seed {self.seed}",
+            command=self.command,
             tracking=self.tracking,
         )
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medaug import storage
+from medaug import assets, storage
 from medaug.cohort import read_cohort
 from medaug.errors import ConfigError
 from medaug.experiment_file import Experiment, ExperimentRow, read_experiment
@@ -25,6 +26,7 @@ from medaug.feedback import run_feedback
 from medaug.grading.presets import ALL_REAL
 from medaug.grading.verdict import BASELINE
 from medaug.intake.section import publishable, section_options
+from medaug.sessions import Sessions
 from medaug.stages import gate_synthetic, grade_arms, take_in
 from medaug.workflow import load_config, run_stage, run_training
 
@@ -55,7 +57,7 @@ def run_experiment(
         tracking: keyword arguments of `medaug.tracking.track`.
 
     Returns:
-        {"rows": of the benchmark, "verdict", "table": one line per arm}; see `table_lines`.
+        {"rows": of the benchmark, "verdict", "table": one line per arm}, and what `_head` says; see `table_lines`.
 
     Raises:
         ConfigError, DataError, LeakageError, StorageError: see the stages.
@@ -65,20 +67,26 @@ def run_experiment(
     tracking = dict(tracking or {"enabled": False})
     options = None if cohort_dir is not None else section_options(_intake(experiment), out / "cohort")
     with storage.locked(out):
+        head = _head(experiment, file, profile, seed, with_intake=options is not None)
+        storage.write_json(out / "experiment.json", head)  # what a report of an unfinished experiment can say
+        sessions = Sessions(out)
         if options is not None:
-            take_in(options, tracking=tracking)
+            with sessions.stage("intake", needed=not (out / "cohort" / "cohort.json").is_file()):
+                take_in(options, tracking=tracking)
         cohort = Path(cohort_dir or out / "cohort")
         facts: dict[str, dict[str, Any]] = {}
         for row in experiment.rows:
-            made = facts.get(experiment.maker(row).name)
-            facts[row.name] = made or _make(experiment, row, cohort, out, seed, tracking)
+            if (made := facts.get(experiment.maker(row).name)) is None:
+                with sessions.stage(f"images of {row.name}", needed=not (row.accepted_folder(out) / "gate.json").is_file()):
+                    made = _make(experiment, row, cohort, out, seed, tracking)
+            facts[row.name] = made
         specs, sources = experiment.arm_specs(out, facts)
         result = grade_arms(
             cohort,
             out / "benchmark",
             specs,
             sources=sources,
-            command=f"medaug experiment {experiment.name} --seed {seed}",
+            command=head["command"],
             executor=executor,
             workers=workers,
             tracking=tracking,
@@ -87,12 +95,31 @@ def run_experiment(
         table = table_lines(result["rows"], result["verdict"], facts)
         if experiment.cells:
             _write_cells(experiment, out, result["rows"], table)
-        summary = {"name": experiment.name, "title": experiment.title, "rows": result["rows"], "verdict": result["verdict"]}
-        summary |= {"table": table, "settings": [asdict(row) for row in experiment.rows], "profile": experiment.profile}
-        summary |= {"intake": None if options is None else publishable(_intake(experiment)), "grading": dict(experiment.grading)}
+        summary = head | {"rows": result["rows"], "verdict": result["verdict"], "table": table}
         storage.write_json(out / "experiment.json", summary)
         storage.write_text(out / "table.md", markdown(experiment.title, table))
     return summary
+
+
+def _head(experiment: Experiment, file: str, profile: str | None, seed: int, *, with_intake: bool) -> dict[str, Any]:
+    """What is known before anything is made: what the file asks, its settings, and the command with the cohort as a variable."""
+    path = assets.experiment_path(file)
+    comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    shipped = file in assets.list_experiments()
+    command = f"medaug experiment {file if shipped else path.name}" + ("" if with_intake else ' --cohort "$COHORT"')
+    command += f" --out runs/{experiment.name}" + (f" --profile {Path(profile).name}" if profile else "") + f" --seed {seed}"
+    return {
+        "name": experiment.name,
+        "title": experiment.title,
+        "asked": " ".join(line.lstrip("# ").strip() for line in comment),
+        "command": command,
+        "profile": experiment.profile,
+        "seed": seed,
+        "intake": publishable(_intake(experiment)) if with_intake else None,
+        "grading": dict(experiment.grading),
+        "settings": [asdict(row) for row in experiment.rows],
+        "cells": list(experiment.cells),
+    }
 
 
 def _intake(experiment: Experiment) -> Mapping[str, Any]:

@@ -174,6 +174,7 @@ def grade_arms(
 
     Grading again into the same folder with the same settings continues the run of before, which then holds every cell once.
     """
+    from medaug.grading.command import grade_command
     from medaug.grading.grade import grade
     from medaug.grading.report import CURVES, FIGURES, TABLES
 
@@ -183,6 +184,19 @@ def grade_arms(
         else [name.strip() for name in networks.split(",")]
         if isinstance(networks, str)
         else list(networks)
+    )
+    command = command or grade_command(
+        arms,
+        sources=sources,
+        networks=["all"] if networks == "all" else names,
+        seeds=seeds,
+        profile=profile,
+        synthetic_per_real=synthetic_per_real,
+        allocation=allocation,
+        real_fraction=real_fraction,
+        allow_untrusted=allow_untrusted,
+        overrides=overrides,
+        pretrained=pretrained,
     )
     real = read_cohort(cohort)
     settings: dict[str, Any] = {"networks": names, "seeds": seeds, "profile": profile, "synthetic_per_real": synthetic_per_real}

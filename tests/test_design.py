@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "medaug"
 BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress"})  # "" is the package itself: its version
 LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts", "replay_record"}
 MIDDLE = LOWER | {"diffusion", "training", "quality", "intake", "tracking"}
-UPPER = MIDDLE | {"generation", "grading", "phantom", "assets"}
+UPPER = MIDDLE | {"generation", "grading", "phantom", "assets", "sessions"}
 # Room -> rooms that it may import. A room not named here fails the test: give it a place first.
 ALLOWED: dict[str, frozenset[str]] = {
     "": frozenset(),
@@ -24,6 +24,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "storage": BASE - {"cohort"},
     "draws": BASE - {"cohort"},
     "progress": BASE - {"cohort"},
+    "sessions": BASE - {"cohort"},
     "cohort": BASE,
     "splits": BASE,
     "prompts": BASE - {"cohort"},
@@ -44,7 +45,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "evidence": BASE | {"evidence"},
     "pacs": BASE | {"io", "pacs"},
     "generation": MIDDLE | {"generation", "assets"},
-    "grading": MIDDLE | {"grading", "assets"},
+    "grading": MIDDLE | {"grading", "assets", "sessions"},
+    "results": BASE | {"grading", "evidence", "quality", "sessions", "results"},
     "workflow": BASE | {"assets"},
     "stages": UPPER | {"grading", "generation"},
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
@@ -64,6 +66,7 @@ ALLOWED: dict[str, frozenset[str]] = {
         "feedback",
         "export",
         "evidence",
+        "results",
         "pacs",
         "cli",
     },

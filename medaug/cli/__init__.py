@@ -25,6 +25,7 @@ from medaug.cli import (  # noqa: F401 - registers their commands
     pilot,
     readers,
     replay,
+    report,
     stages,
     sweep,
 )

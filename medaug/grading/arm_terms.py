@@ -22,7 +22,7 @@ NO_REAL = "no-real"
 _SEPARATOR = " + "
 _OPTIONS = re.compile(r"(?P<place>.+?)\?(?P<options>\w+=[^&?=]*(&\w+=[^&?=]*)*)")
 
-__all__ = ["NO_REAL", "Terms", "is_mixed", "read_terms", "term_names"]
+__all__ = ["NO_REAL", "Terms", "is_mixed", "read_terms", "split_term", "term_names"]
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ def is_mixed(text: str) -> bool:
 
 def term_names(text: str) -> list[str]:
     """The places that a text of terms names."""
-    return [_split(term)[0] for term in text.split(_SEPARATOR)]
+    return [split_term(term)[0] for term in text.split(_SEPARATOR)]
 
 
 def read_terms(
@@ -68,7 +68,7 @@ def read_terms(
     sources: list[Source] = []
     fields: dict[str, Any] = {}
     for term in text.split(_SEPARATOR):
-        place, options = _split(term)
+        place, options = split_term(term)
         if not place:
             raise ConfigError("term-invalid", f"Arm {arm} has an empty term; write NAME=FOLDER + FOLDER.")
         if place in (REAL, NO_REAL):
@@ -94,7 +94,8 @@ def _source(place: str, named: Mapping[str, Cohort], chosen: Mapping[str, Any]) 
     return Source(Path(place).resolve().name, cohort, **chosen)
 
 
-def _split(term: str) -> tuple[str, str]:
+def split_term(term: str) -> tuple[str, str]:
+    """The place that a term names, and its options."""
     found = _OPTIONS.fullmatch(term.strip())
     return (found["place"], found["options"]) if found else (term.strip(), "")
 

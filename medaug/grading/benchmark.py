@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prep
 from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.recipe import recipe_content
-from medaug.grading.rows import CellSink, Row, tracked
+from medaug.grading.rows import CellSink, Row, named, tracked
 from medaug.grading.statistics import classification_metrics
 from medaug.networks.grading import build_network
 from medaug.progress import progress as progress_bar
@@ -146,6 +146,7 @@ def run_benchmark(
     workers: int | None = None,
     ray_address: str | None = None,
     progress: bool = False,
+    on_plan: Callable[[Sequence[Cell], int], None] = lambda cells, missing: None,
     on_row: Callable[[Row], None] | None = None,
     on_failed: Callable[[Row], None] = lambda row: None,
     tracking: CellSink | None = None,
@@ -165,6 +166,7 @@ def run_benchmark(
         executor, ray_address: see `medaug.grading.executors`.
         workers: training runs side by side; None takes all cores for a comparison that is worth it, see `chosen_workers`.
         progress: show a bar on stderr with the time left, counted in optimiser steps.
+        on_plan: called before the first cell with all cells and the number of those without a row.
         on_row: called with every row as soon as it is there.
         on_failed: called with arm, network, seed, code and reason of a cell that has no row because its network or recipe
             failed; the others go on, and another run tries it again.
@@ -176,6 +178,7 @@ def run_benchmark(
     cells = plan_cells(cohort, arms, networks, seeds, recipes, weights)
     with storage.locked(out):
         rows = [_finished_row(out, cell) for cell in cells]
+        on_plan(cells, rows.count(None))
         done = sum(cell.recipe.num_steps for cell, row in zip(cells, rows, strict=True) if row)
         total = sum(cell.recipe.num_steps for cell in cells)
         bar = progress_bar("grading (steps)", total, done) if progress else nullcontext(lambda steps: None)
@@ -196,7 +199,7 @@ def run_benchmark(
                         on_failed(_failed_row(cells[number], outcome))
                         continue
                     storage.write_json(out / ROWS_FOLDER / f"{cells[number].sha256}.json", outcome)
-                    rows[number] = row = _named(outcome, cells[number])
+                    rows[number] = row = named(outcome, cells[number].arm)
                     _tell(row, on_row, tracking)
     return [row for row in rows if row is not None]
 
@@ -224,13 +227,7 @@ def _finished_row(out: Path, cell: Cell) -> Row | None:
     row = storage.read_json(path)
     if not isinstance(row, dict) or row.get("sha256") != cell.sha256:
         raise DataError("row-malformed", f"{path.name} is not the row its name says; delete it and run the same command again.")
-    return _named(row, cell)
-
-
-def _named(row: Row, cell: Cell) -> Row:
-    """A stored row under the name that its cell has in this benchmark; the file knows the arm without ratio and fraction alone."""
-    known = {name: value for name, value in asdict(cell.arm.variant).items() if value not in (None, "")}
-    return row | {"arm": cell.arm.name} | known
+    return named(row, cell.arm)
 
 
 @dataclass(frozen=True)

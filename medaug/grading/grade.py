@@ -14,14 +14,15 @@ from medaug.errors import ConfigError
 from medaug.grading.arm_terms import term_names
 from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import run_benchmark
-from medaug.grading.curves import curve_points
+from medaug.grading.graded_data import graded_data
+from medaug.grading.judgement import judged_rows, verdict_and_points
 from medaug.grading.presets import named_sources
 from medaug.grading.recipe import grading_recipe
+from medaug.grading.record import GradingRecord, RecordKeeper, acceptance_of
 from medaug.grading.report import write_report
-from medaug.grading.rows import CellSink, Row, predictions_of, summary_of
-from medaug.grading.scores import score_cells
-from medaug.grading.variants import amounts, at_verdict, check_choosable, choose, opponents_of, spread_arms
-from medaug.grading.verdict import BASELINE, judge, primary_metric
+from medaug.grading.rows import CellSink, Row, summary_of
+from medaug.grading.variants import amounts, check_choosable, opponents_of, spread_arms
+from medaug.grading.verdict import BASELINE
 from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
 from medaug.training.steps import check_precision
@@ -114,59 +115,53 @@ def grade(
     weights = _checked_weights(pretrained, names)
     unfit = _unfit_networks(names, cohort, weights, arms, which)
     fit = [name for name in names if name not in {row["network"] for row in unfit}]
-    failed = list(unfit)
-    graded = run_benchmark(
-        cohort,
-        arms,
-        fit,
-        which,
-        {name: recipes[name] for name in fit},
-        out,
-        weights=weights,
-        executor=executor,
-        workers=workers,
-        ray_address=ray_address,
-        progress=progress,
-        on_row=on_row,
-        on_failed=failed.append,
-        tracking=tracking,
-        device=device,
+    known = [*_notes(cohort, arms), *_pretrained_notes(weights)]
+    record = GradingRecord(
+        data=graded_data(cohort),
+        arms=tuple(arms),
+        opponents=opponents_of(arms),
+        notes=tuple(known),
+        failed=tuple(unfit),
+        acceptance=acceptance_of(arms, cohort),
+        command=command,
+        profile=profile,
+        num_resamples=num_resamples,
     )
-    without = {row["network"] for row in failed}
-    rows = [row for row in graded if row["network"] not in without]
-    if not rows:
+    failed = list(unfit)
+    with RecordKeeper(out, record, on_row) as keeper:
+        graded = run_benchmark(
+            cohort,
+            arms,
+            fit,
+            which,
+            {name: recipes[name] for name in fit},
+            out,
+            weights=weights,
+            executor=executor,
+            workers=workers,
+            ray_address=ray_address,
+            progress=progress,
+            on_plan=keeper.planned,
+            on_row=keeper.row,
+            on_failed=failed.append,
+            tracking=tracking,
+            device=device,
+        )
+    if not judged_rows(failed, graded):
         raise ConfigError(
             "nothing-graded", f"No network could be graded in every arm; arm {failed[0]['arm']}: {failed[0]['reason']}"
         )
-    notes = [*_notes(cohort, arms), *_inert(rows), *_left_out(failed), *_pretrained_notes(weights)]
-    verdict = _report(out, cohort, arms, rows, notes, num_resamples, command, profile)
+    verdict = _report(out, keeper, known, failed, graded)
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
 
 
-def _report(
-    out: Path,
-    cohort: Cohort,
-    arms: Sequence[Arm],
-    rows: Sequence[Row],
-    notes: Sequence[str],
-    num_resamples: int,
-    command: str,
-    profile: str,
-) -> dict[str, Any]:
-    """Choose ratios on validation, judge the arms at them, and write verdict and report. Returns the verdict."""
-    metric = primary_metric(cohort.ordinal)
-    predictions = predictions_of(cohort, rows)
-    scores = score_cells(predictions, metric, num_resamples=num_resamples)
-    choices, opponents = choose(arms, rows, metric), opponents_of(arms)
-    judged = {arm.name: opponents[arm.name] for arm in at_verdict(arms, choices) if arm.base != BASELINE}
-    verdict = judge(predictions, ordinal=cohort.ordinal, notes=notes, opponents=judged, scores=scores)
-    for choice in choices:
-        if choice.arm in verdict:
-            verdict[choice.arm] |= {"choice": choice.facts()}
-            verdict[choice.arm]["sentence"] += f" {choice.sentence()}"
+def _report(out: Path, keeper: RecordKeeper, known: Sequence[str], failed: Sequence[Row], graded: Sequence[Row]) -> dict[str, Any]:
+    """Complete the record, judge, and write verdict and report. Returns the verdict."""
+    rows = judged_rows(failed, graded)
+    record = keeper.finish([*known, *_inert(rows), *_left_out(failed)], failed)
+    verdict, points = verdict_and_points(record, rows)
     storage.write_json(out / VERDICT_NAME, verdict)
-    points = curve_points(arms, choices, scores, opponents, predictions.validation)
-    write_report(out, cohort, rows, verdict, points=points, command=command, profile=profile)
+    write_report(out, record, rows, verdict, points=points)
     return verdict
 
 

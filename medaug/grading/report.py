@@ -11,9 +11,11 @@ import jinja2
 from matplotlib.figure import Figure
 
 from medaug import storage
-from medaug.cohort import Cohort
+from medaug.cohort import SPLITS
 from medaug.grading.curves import Point, learning_figure, mixing_figure
 from medaug.grading.figures import VERDICT_COLOURS, comparison_figure, confusion_figure, forest_figure, png
+from medaug.grading.graded_data import GradedData
+from medaug.grading.record import GradingRecord
 from medaug.grading.rows import Row, summary_of
 from medaug.grading.statistics import NO_ORDER
 from medaug.grading.tables import METRICS, interval, latex_table, markdown_table, number, table_rows, won
@@ -30,25 +32,23 @@ __all__ = ["CURVES", "FIGURES", "PLOT_NAME", "TABLES", "write_report"]
 
 def write_report(
     out: Path,
-    cohort: Cohort,
+    record: GradingRecord,
     rows: Sequence[Row],
     verdict: Mapping[str, Any],
     *,
     points: Sequence[Point] = (),
-    command: str = "",
-    profile: str = "",
 ) -> None:
     """Write every file of the report into `out`.
 
     Args:
+        record: of the grading; its command is shown as it is.
         rows: full rows of `run_benchmark`.  verdict: of `judge`.
         points: of `curve_points`, where an arm was graded at several ratios or fractions.
-        command: the command line that made it, without personal paths; shown as it is.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    metric = primary_metric(cohort.ordinal)
+    metric = primary_metric(record.data.ordinal)
     table = table_rows(rows, verdict)
     summaries = [_flat(summary_of(row)) for row in rows]
     columns = dict.fromkeys(name for summary in summaries for name in summary)  # arms may know more than others
@@ -60,17 +60,17 @@ def write_report(
         storage.write_csv(out / CURVES, points, list(points[0]))
     else:
         (out / CURVES).unlink(missing_ok=True)
-    plots = {name: png(figure) for name, figure in _figures(cohort, rows, verdict, points, metric).items() if figure is not None}
+    plots = {name: png(figure) for name, figure in _figures(record.data, rows, verdict, points, metric).items() if figure is not None}
     for name in FIGURES:
         if name in plots:
             storage.write_bytes(out / name, plots[name])
         else:
             (out / name).unlink(missing_ok=True)
-    storage.write_text(out / "report.html", _html(cohort, rows, table, verdict, metric, plots, points, command, profile))
+    storage.write_text(out / "report.html", _html(record, rows, table, verdict, metric, plots, points))
 
 
 def _figures(
-    cohort: Cohort, rows: Sequence[Row], verdict: Mapping[str, Any], points: Sequence[Point], metric: str
+    data: GradedData, rows: Sequence[Row], verdict: Mapping[str, Any], points: Sequence[Point], metric: str
 ) -> dict[str, Figure | None]:
     """All pictures by file name; those of single arms show the arms of the verdict and what they are compared with."""
     named = {name for entry in verdict.values() for name in (*entry["opponents"].values(), *verdict)}
@@ -80,7 +80,7 @@ def _figures(
         "forest.png": forest_figure(verdict, metric) if verdict else None,
         "mixing.png": mixing_figure(points, metric),
         "learning.png": learning_figure(points, metric),
-        "confusion.png": confusion_figure(rows, shown, cohort.classes),
+        "confusion.png": confusion_figure(rows, shown, data.classes),
     }
 
 
@@ -98,15 +98,13 @@ def _flat(summary: Row) -> Row:
 
 
 def _html(
-    cohort: Cohort,
+    record: GradingRecord,
     rows: Sequence[Row],
     table: Sequence[Mapping[str, Any]],
     verdict: Mapping[str, Any],
     metric: str,
     plots: Mapping[str, bytes],
     points: Sequence[Point],
-    command: str,
-    profile: str,
 ) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("medaug.grading")
@@ -114,12 +112,12 @@ def _html(
     environment.filters["number"] = lambda value: "undefined" if value is None else f"{value:.3f}"
     environment.filters["signed"] = lambda value: "undefined" if value is None else f"{value:+.3f}"
     environment.filters["amount"] = lambda value: "–" if value is None else f"{value:g}"
-    counts = {split: (len(cohort.split(split)), len(cohort.groups(split))) for split in ("training", "validation", "test")}
+    data = record.data
     return environment.get_template("report.html.j2").render(
-        cohort=cohort,
-        counts=counts,
-        class_counts={split: cohort.class_counts(split) for split in counts},
-        leak=cohort.notes.get("leak") or {},
+        cohort=data,
+        counts={split: (data.splits[split]["images"], data.splits[split]["groups"]) for split in SPLITS},
+        class_counts={split: data.splits[split]["per_class"] for split in SPLITS},
+        leak=data.leak,
         warnings=list(dict.fromkeys(note for entry in verdict.values() for note in entry["warnings"])),
         verdict=verdict,
         colours=VERDICT_COLOURS,
@@ -133,8 +131,8 @@ def _html(
         plots={name: base64.b64encode(plot).decode() for name, plot in plots.items()},
         points=points,
         several_ratios=any(point["chosen"] is not None for point in points),
-        command=command,
-        profile=profile,
+        command=record.command,
+        profile=record.profile,
         networks=list(dict.fromkeys(row["network"] for row in rows)),
         seeds=sorted({row["seed"] for row in rows}),
         best=max((line["balanced_accuracy"] for line in table if line["balanced_accuracy"] is not None), default=None),

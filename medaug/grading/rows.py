@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 
-from medaug.cohort import Cohort
+from medaug import storage
 from medaug.errors import DataError
+from medaug.grading.arms import Arm
+from medaug.grading.graded_data import GradedData
 from medaug.grading.verdict import Predictions, primary_metric
 
 Row = dict[str, Any]
 _SETTINGS = ("arm", "base", "per_real", "real_fraction", "network", "seed", "num_training", "num_synthetic", "ratio", "num_steps")
 
-__all__ = ["CellSink", "Row", "predictions_of", "summary_of", "tracked"]
+__all__ = ["CellSink", "Row", "check_test_cases", "named", "predictions_of", "summary_of", "tracked"]
 
 
 class CellSink(Protocol):
@@ -31,6 +34,12 @@ class CellSink(Protocol):
         curve: Sequence[tuple[int, Mapping[str, float]]],
     ) -> None:
         """Record one cell, once."""
+
+
+def named(row: Row, arm: Arm) -> Row:
+    """A stored row under the name that its arm has in this benchmark; the file knows the arm without ratio and fraction alone."""
+    known = {name: value for name, value in asdict(arm.variant).items() if value not in (None, "")}
+    return row | {"arm": arm.name} | known
 
 
 def tracked(row: Row) -> dict[str, Any]:
@@ -65,18 +74,26 @@ def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: value for name, value in metrics.items() if value is None or isinstance(value, (int, float))}
 
 
-def predictions_of(cohort: Cohort, rows: Sequence[Row]) -> Predictions:
-    """Collect the test probabilities of rows for the verdict.
+def check_test_cases(data: GradedData, rows: Sequence[Row]) -> None:
+    """Refuse rows of other test cases; those of a page do not name theirs and were checked when it was written.
 
     Raises:
-        DataError: a row was scored on other test cases than the cohort's.
+        DataError: `test-cases-differ`.
     """
-    ids = [case.id for case in cohort.test]
-    if any(row["test"]["ids"] != ids for row in rows):
+    if any("ids" in row["test"] and storage.sha256_json(row["test"]["ids"]) != data.ids_sha256 for row in rows):
         raise DataError(
             "test-cases-differ", "A row was scored on other test cases than this cohort has; grade into a new folder."
         )
-    metric = primary_metric(cohort.ordinal)
+
+
+def predictions_of(data: GradedData, rows: Sequence[Row]) -> Predictions:
+    """Collect the test probabilities of rows for the verdict.
+
+    Raises:
+        DataError: a row was scored on other test cases than the data's.
+    """
+    check_test_cases(data, rows)
+    metric = primary_metric(data.ordinal)
     cells: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["arm"], row["network"]), []).append(row)
@@ -89,4 +106,4 @@ def predictions_of(cohort: Cohort, rows: Sequence[Row]) -> Predictions:
         values = [row["validation"]["metrics"][metric] for row in runs if row["validation"] is not None]
         known = [value for value in values if value is not None]
         validation[cell] = float(np.mean(known)) if known else None
-    return Predictions(np.array([case.label for case in cohort.test]), [case.group for case in cohort.test], probs, validation)
+    return Predictions(np.array(data.target), data.group_names, probs, validation)

@@ -1,0 +1,64 @@
+"""The sheet of accepted synthetic images: a panel for each set of images, a line for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medaug.cohort import FILE_NAME, Case, Cohort, read_cohort
+from medaug.errors import DataError
+from medaug.grading.figures import new_figure, png
+from medaug.quality.report import contact_sheet
+from medaug.quality.thumbnails import read_image
+from medaug.results.sources import is_page
+
+SAMPLES_NAME = "samples.png"
+PER_CLASS = 12
+ACCEPTED = "accepted"
+
+__all__ = ["PER_CLASS", "SAMPLES_NAME", "samples_png"]
+
+
+def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
+    """The sheet of a folder of `medaug experiment` or `augment`, or the one that a page has, as a PNG file.
+
+    Raises:
+        DataError: `samples-missing`: the folder holds no accepted images.
+    """
+    folder = Path(folder)
+    if is_page(folder):
+        if not (folder / SAMPLES_NAME).is_file():
+            raise DataError(
+                "samples-missing", f"The page {folder.name} has no {SAMPLES_NAME}; write it from the experiment's folder."
+            )
+        return (folder / SAMPLES_NAME).read_bytes()
+    places = [folder / ACCEPTED, *sorted((folder / ACCEPTED).glob("*/"))]
+    sets = [read_cohort(place) for place in places if (place / FILE_NAME).is_file()]
+    sets = [made for made in sets if made.training]
+    if not sets:
+        raise DataError(
+            "samples-missing",
+            f"{folder.name} holds no accepted images; --samples needs a folder of `medaug experiment` or `medaug augment`.",
+        )
+    side = 0.5 * PER_CLASS
+    figure = new_figure(side + 1.6, sum(0.5 * len(classes) + 0.5 for _ in sets))
+    for axis, made in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets, strict=True):
+        sheet = contact_sheet([_spread(made, label) for label in range(len(classes))], PER_CLASS, made.image_size, made.channels)
+        step = sheet.shape[0] / len(classes)
+        axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], classes, fontsize=8)
+        axis.set_xticks([])
+        axis.set_title(
+            made.root.name if made.root is not None and made.root.parent.name == ACCEPTED else "", fontsize=9, loc="left"
+        )
+        axis.spines[:].set_visible(False)
+    return png(figure)
+
+
+def _spread(made: Cohort, label: int) -> list[np.ndarray | None]:
+    """Images of a class, spread evenly over those that were accepted."""
+    own: list[Case] = [case for case in made.training if case.label == label]
+    places = np.linspace(0, len(own) - 1, min(PER_CLASS, len(own))).round().astype(int)
+    return [read_image(made, own[place]) for place in places]

@@ -1,0 +1,326 @@
+"""Pages of results: the same bytes from a page as from the rows, the verdict's own figures, nothing private, loud refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medaug import storage
+from medaug.cohort import read_cohort
+from medaug.errors import DataError, MedaugError, StorageError
+from medaug.grading.tables import number, table_rows
+from medaug.results.page import write_page
+from medaug.results.sources import read_study
+
+WARNED = "Leak indicator: High: patients probably cross the split."
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != storage.LOCK_NAME}
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    storage.write_json(path, content)
+
+
+def test_a_page_writes_itself_again_byte_for_byte(page: Path, tmp_path: Path) -> None:
+    shutil.copytree(page, tmp_path / "moved")
+    for name in contents(page):
+        if not name.endswith(".json"):
+            (tmp_path / "moved" / name).unlink()  # all but the data: nothing is copied from the files of before
+    write_page(tmp_path / "moved", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(page)
+    write_page(page, page)
+    assert contents(tmp_path / "again") == contents(page)
+
+
+def test_rows_give_the_same_page_twice(world: Path, page: Path, tmp_path: Path) -> None:
+    write_page(world / "bench", tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(page)
+    expected = {"README.md", "rows.json", "experiment.json", "environment.json", "table.md", "table.csv", "table.tex"}
+    assert expected | {"comparison.png", "forest.png", "report.html"} <= set(contents(page))
+
+
+def test_figures_are_those_of_the_verdict(world: Path, page: Path) -> None:
+    verdict = json.loads((world / "bench" / "verdict.json").read_text())
+    text = (page / "README.md").read_text()
+    assert set(verdict) == {"oversample", "drawn"}
+    for arm, entry in verdict.items():
+        assert f"- **{entry['verdict'].capitalize()}.** {entry['sentence']}" in text and arm in entry["sentence"]
+        none = entry["against_none"]
+        assert (
+            f"gainst none: p {none['p_value']:.3f}, Holm-adjusted {none['p_holm']:.3f}, better in {entry['wilcoxon']['wins']} of 2"
+            in text
+        )
+    control = verdict["drawn"]["against_control"]
+    assert f"against repeated real images (oversample): p {control['p_value']:.3f}, Holm-adjusted {control['p_holm']:.3f}" in text
+    for name in (
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "rows.csv",
+        "comparison.png",
+        "forest.png",
+        "confusion.png",
+        "report.html",
+    ):
+        assert (page / name).read_bytes() == (world / "bench" / name).read_bytes(), name
+
+
+def test_the_table_by_network_is_of_the_rows(page: Path) -> None:
+    study = read_study(page)
+    lines = {(line["arm"], line["network"]): line for line in table_rows(study.rows, {})}
+    cells = [
+        number(lines[arm, "resnet18"][m := "balanced_accuracy"], lines[arm, "resnet18"][f"{m}_std"]) for arm in ("none", "drawn")
+    ]
+    (line,) = [line for line in (page / "README.md").read_text().splitlines() if line.startswith("| resnet18 |")]
+    assert line.startswith(f"| resnet18 | {cells[0]} |") and f"| {cells[1]} (" in line
+
+
+def test_a_page_says_where_it_comes_from_and_what_it_does_not_show(page: Path, world: Path) -> None:
+    text = (page / "README.md").read_text()
+    assert WARNED in text and "For 36 images no patient is known" in text
+    assert 'medaug grade --cohort "$COHORT" --out "$OUT" --arm none --arm oversample --arm "drawn=$DRAWN"' in text
+    assert "One set of images for each synthetic arm" in text and "Images of 16 x 16 px" in text
+    assert "it was set, not chosen on validation" in text and "| 9 | 4 | 44% |" in text
+    found = json.loads((page / "environment.json").read_text())
+    assert re.search(r"Time: grading [\d.]+ (seconds|minutes)\.", text) and found["stages"][0]["stage"] == "grading"
+    widths = [
+        entry["against_none"]["high"] - entry["against_none"]["low"]
+        for entry in json.loads((world / "bench" / "verdict.json").read_text()).values()
+    ]
+    assert re.search(rf"are ({min(widths):.3f} to )?{max(widths):.3f} wide", text)
+
+
+def test_names_cannot_pose_as_markup(page: Path) -> None:
+    text, html = (page / "README.md").read_text(), (page / "report.html").read_text()
+    assert "<b>" not in text and "<discs>" not in text and "&lt;discs&gt; &amp; co" in text
+    assert r"| a\|b &lt;b&gt;bold&lt;/b&gt; |" in text and r"| \*star\* \_line\_ |" in text and r"| \`code\` \[x](y) |" in text
+    assert "<b>bold" not in html and "<discs>" not in html
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} <= {5, 6}
+
+
+def test_nothing_names_a_case_a_group_or_a_folder(page: Path, world: Path) -> None:
+    real = read_cohort(world / "cohort")
+    private = {case.id for case in real.cases()} | {case.group for case in real.cases()} | {str(world)}
+    for name, content in contents(page).items():
+        assert not [word for word in private if word.encode() in content], name
+    rows = json.loads((page / "rows.json").read_text())
+    assert rows["test"]["target"] == [case.label for case in real.test]
+    groups = [case.group for case in real.test]
+    assert len(set(zip(groups, rows["test"]["groups"], strict=True))) == len(set(groups)) == len(set(rows["test"]["groups"]))
+
+
+def test_notes_are_appended_word_for_word_and_kept(bench: Path, tmp_path: Path) -> None:
+    storage.write_text(bench / "NOTES.md", "Looked at: *hazy* <i>lungs</i> | all.\n")
+    write_page(bench, tmp_path / "page")
+    assert "## Notes\n\nLooked at: *hazy* <i>lungs</i> | all.\n" in (tmp_path / "page" / "README.md").read_text()
+    storage.write_text(tmp_path / "page" / "NOTES.md", "Another look.\n")
+    write_page(bench, tmp_path / "page")
+    assert (tmp_path / "page" / "NOTES.md").read_text() == "Another look.\n"
+    assert "Another look." in (tmp_path / "page" / "README.md").read_text()
+
+
+def test_an_unfinished_grading_needs_a_word_and_is_marked(bench: Path, tmp_path: Path) -> None:
+    gone = [cell for cell in json.loads((bench / "grading.json").read_text())["cells"] if cell[0] == "drawn"][:2]
+    for cell in gone:
+        (bench / "rows" / f"{cell[3]}.json").unlink()
+    with pytest.raises(DataError, match="page-unfinished.*2 of 18 training runs"):
+        write_page(bench, tmp_path / "page")
+    assert not (tmp_path / "page").exists()
+    summary = write_page(bench, tmp_path / "page", unfinished=True)
+    assert (summary["missing"], summary["finished"], list(summary["verdict"])) == (2, False, ["oversample"])
+    text = (tmp_path / "page" / "README.md").read_text()
+    assert "> **Unfinished.** 2 of 18 training runs are missing; the arms drawn are left out." in text
+    assert len(json.loads((tmp_path / "page" / "rows.json").read_text())["rows"]) == 16
+    with pytest.raises(DataError, match="page-unfinished"):
+        write_page(tmp_path / "page", tmp_path / "again")
+    write_page(tmp_path / "page", tmp_path / "again", unfinished=True)
+    assert contents(tmp_path / "again") == contents(tmp_path / "page")
+
+
+def test_without_the_baseline_there_is_nothing_to_compare(bench: Path, tmp_path: Path) -> None:
+    cell = json.loads((bench / "grading.json").read_text())["cells"][0]
+    (bench / "rows" / f"{cell[3]}.json").unlink()
+    with pytest.raises(DataError, match="page-too-early.*`none`"):
+        write_page(bench, tmp_path / "page", unfinished=True)
+
+
+def first_row(bench: Path) -> Path:
+    return bench / "rows" / f"{json.loads((bench / 'grading.json').read_text())['cells'][0][3]}.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda row: row["test"]["metrics"].update(accuracy=0.99), "row-changed"),
+        (lambda row: row["test"]["probs"].reverse(), "row-changed"),
+        (lambda row: row.update(arm="drawn"), "row-malformed"),
+        (lambda row: row.update(seed=7), "row-malformed"),
+        (lambda row: row["key"].update(seed=7), "row-changed"),
+        (lambda row: row["key"]["recipe"].update(num_steps=9), "row-changed"),
+        (lambda row: row["key"].update(cohort="f" * 64), "rows-mixed"),
+        (lambda row: row["test"]["ids"].reverse(), "test-cases-differ"),
+    ],
+)
+def test_a_row_changed_by_hand_is_refused(bench: Path, tmp_path: Path, change: Callable[[Any], None], code: str) -> None:
+    edit(first_row(bench), change)
+    with pytest.raises(DataError) as caught:
+        write_page(bench, tmp_path / "page")
+    assert caught.value.code == code
+    assert not (tmp_path / "page").exists()
+
+
+def swap_arms(rows: Any) -> None:
+    first, second = (
+        row for row in rows["rows"] if (row["network"], row["seed"]) == ("simple_cnn", 0) and row["arm"] != "oversample"
+    )
+    first["arm"], second["arm"] = second["arm"], first["arm"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_arms,
+        lambda rows: rows["rows"][0]["test"]["metrics"].update(accuracy=0.99),
+        lambda rows: rows["test"]["target"].reverse(),
+    ],
+)
+def test_a_page_whose_rows_were_changed_is_refused_even_with_a_new_hash(page: Path, tmp_path: Path, change: Any) -> None:
+    shutil.copytree(page, tmp_path / "page")
+    edit(tmp_path / "page" / "rows.json", change)
+    with pytest.raises(DataError, match="page-changed"):
+        write_page(tmp_path / "page", tmp_path / "again")
+    digest = storage.sha256_file(tmp_path / "page" / "rows.json")
+    edit(tmp_path / "page" / "experiment.json", lambda content: content.update(rows_sha256=digest))
+    with pytest.raises(DataError, match="row-changed"):
+        write_page(tmp_path / "page", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "code"),
+    [
+        ("experiment.json", lambda content: content.update(format=0), "page-format"),
+        ("experiment.json", lambda content: content["grading"].pop("arms"), "record-malformed"),
+        ("experiment.json", lambda content: content.pop("asked"), "page-malformed"),
+        ("environment.json", lambda content: content["stages"][0].update(environment=5), "sessions-malformed"),
+    ],
+)
+def test_a_page_that_lacks_something_is_refused(page: Path, tmp_path: Path, name: str, change: Any, code: str) -> None:
+    shutil.copytree(page, tmp_path / "page")
+    edit(tmp_path / "page" / name, change)
+    with pytest.raises(DataError) as caught:
+        write_page(tmp_path / "page", tmp_path / "again")
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("name", ["chest_ct_4class", "cxr_pneumonia_mixing"])
+def test_pages_of_earlier_times_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    old = Path(__file__).parents[2] / "docs" / "results" / name
+    if "cells" in json.loads((old / "rows.json").read_text()):
+        pytest.skip("written anew since")
+    with pytest.raises(DataError, match="page-format.*earlier format"):
+        write_page(old, tmp_path / "page")
+
+
+def test_folders_without_rows_or_record_are_refused(bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(DataError, match="rows-missing"):
+            write_page(tmp_path / folder, tmp_path / "page")
+    (bench / "grading.json").unlink()
+    with pytest.raises(DataError, match="record-missing.*run the same command again"):
+        write_page(bench, tmp_path / "page")
+
+
+def test_other_peoples_files_are_left_alone(world: Path, bench: Path, tmp_path: Path) -> None:
+    def refused(out: Path, code: str) -> None:
+        before = contents(out)
+        with pytest.raises(StorageError) as caught:
+            write_page(world / "bench", out)
+        assert caught.value.code == code and contents(out) == before
+
+    storage.write_text(tmp_path / "written" / "README.md", "# By hand\n")
+    refused(tmp_path / "written", "page-occupied")
+    storage.write_json(tmp_path / "job" / "experiment.json", {"rows": []})
+    refused(tmp_path / "job", "page-occupied")
+    shutil.rmtree(bench / "rows")
+    (bench / "rows.csv").unlink()
+    with pytest.raises(StorageError, match="page-occupied"):
+        write_page(world / "bench", bench)
+    write_page(world / "bench", tmp_path / "page")
+    text = (tmp_path / "page" / "README.md").read_text()
+    storage.write_text(tmp_path / "page" / "README.md", text.replace("## Data", "It works.\n\n## Data"))
+    refused(tmp_path / "page", "page-edited")
+
+
+def test_samples_need_images(world: Path, page: Path, tmp_path: Path) -> None:
+    for folder in (world / "bench", page):
+        with pytest.raises(DataError, match="samples-missing"):
+            write_page(folder, tmp_path / "page", samples=True)
+    shutil.copytree(world / "accepted", tmp_path / "job" / "accepted")
+    shutil.copytree(world / "bench", tmp_path / "job" / "benchmark")
+    storage.write_json(tmp_path / "job" / "augment.json", {"bundle": "drawn"})
+    write_page(tmp_path / "job", tmp_path / "page", samples=True)
+    assert "![accepted synthetic images](samples.png)" in (tmp_path / "page" / "README.md").read_text()
+    assert (tmp_path / "page" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    write_page(tmp_path / "page", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "page")
+    write_page(tmp_path / "job", tmp_path / "page")
+    assert not (tmp_path / "page" / "samples.png").exists()
+
+
+def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "bench", tmp_path / "job" / "benchmark")
+    head = {
+        "name": "noise",
+        "title": "Where | noise goes",
+        "asked": "Does <it> matter?",
+        "command": 'medaug experiment noise --cohort "$COHORT"',
+        "settings": [{"name": "drawn", "bundle": "/home/secret/mine", "training": {"weights": "/home/secret/file"}}],
+    }
+    storage.write_json(tmp_path / "job" / "experiment.json", head)
+    with pytest.raises(DataError, match="page-unfinished"):
+        write_page(tmp_path / "job", tmp_path / "page")
+    none = {"arm": "none", "generated": None, "accepted": None, "label_agreement": None}
+    table = [none, {**none, "arm": "drawn", "generated": 27, "accepted": 12, "label_agreement": 0.75}]
+    table += [{**none, "arm": "lost", "generated": 9, "accepted": 0}]
+    storage.write_json(tmp_path / "job" / "experiment.json", head | {"table": table})
+    write_page(tmp_path / "job", tmp_path / "page")
+    text = (tmp_path / "page" / "README.md").read_text()
+    assert text.startswith("# Where \\| noise goes\n\n**Asked.** Does &lt;it&gt; matter? Arms: none, oversample, drawn;")
+    assert "    medaug experiment noise --cohort" in text and "| drawn | 27 | 12 | 0.750 |" in text
+    assert "- **Not graded.** lost: none of 9 generated images was accepted." in text
+    written = (tmp_path / "page" / "experiment.json").read_text()
+    assert "secret" not in written and '"bundle": "mine"' in written
+
+
+def test_the_command_shows_a_summary(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from medaug import cli
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["medaug", "report", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    shown = json.loads(run(str(page), "--out", str(tmp_path / "other"), "--json"))
+    assert shown["finished"] and shown["rows"] == 18 and "README.md" in shown["written"]
+    sentence = shown["verdict"]["drawn"]["sentence"]
+    assert sentence in run(str(page), "--out", str(tmp_path / "other"))
+
+
+def test_every_refusal_is_one_sentence_without_the_path(tmp_path: Path) -> None:
+    with pytest.raises(MedaugError) as caught:
+        write_page(tmp_path / "folder", tmp_path / "page")
+    assert str(tmp_path) not in str(caught.value)
