@@ -7,9 +7,9 @@ the same process, turn by turn; the whole is one process's wall time and peak me
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from medaug.quality.alignment import PixelIndex, working_images
 from medaug.quality.copy_ruler import near_in
 from medaug.quality.copy_statistics import closeness
 from medaug.quality.fidelity import kid, neighbourhood_metrics
+from medaug.quality.images import BATCH_SIZE
 from medaug.quality.mmd import gaussian_mmd
 from medaug.quality.neighbours import nearest
 from medaug.quality.outliers import METHODS
@@ -50,8 +51,19 @@ def turns(x: np.ndarray, y: np.ndarray, rounds: int) -> dict[str, Any]:
     return {"ours": min(ours), "scikit_learn": min(theirs), "ratio": min(ours) / min(theirs), "agree": agree, "worst": worst}
 
 
-def stages(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each comparison."""
+def peak_mb() -> float:
+    """Largest resident memory since the last call of `forget_peak`, in MB of 2^20 bytes (Linux)."""
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index("VmHWM:") + 1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the next `peak_mb` start from what is resident now (Linux, proc(5): clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def stages(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory of each comparison."""
     draw = numpy_generator(NAME, options.seed)
     synthetic, real, held = (
         draw.standard_normal((n, options.features)) for n in (options.synthetic, options.real, max(50, options.real // 10))
@@ -62,10 +74,10 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
         torch.from_numpy(draw.uniform(-1, 1, (n, 1, options.size, options.size))).float()
         for n in (options.synthetic, options.real)
     ]
-    index = PixelIndex(working_images([pictures[1]]), np.arange(options.real))
+    index = PixelIndex(working_images(pictures[1].split(BATCH_SIZE)), np.arange(options.real))
     work: dict[str, Callable[[], Any]] = {
         "copies, features": lambda: near_in(real, groups, synthetic),
-        "copies, pixels": lambda: index.match(working_images([pictures[0]])),
+        "copies, pixels": lambda: index.match(working_images(pictures[0].split(BATCH_SIZE))),
         "closeness": lambda: closeness(synthetic, real, held),
         "KID": lambda: kid(real, synthetic),
         "precision, recall, density, coverage": lambda: neighbourhood_metrics(real, synthetic),
@@ -73,11 +85,12 @@ def stages(options: argparse.Namespace) -> dict[str, float]:
         "Mahalanobis": lambda: METHODS["mahalanobis"](real, labels)(synthetic),
         "k-NN": lambda: METHODS["knn"](real, labels)(synthetic),
     }
-    seconds = {}
+    found = {}
     for name, function in work.items():
-        seconds[name] = timed(function)[0]
-        print(f"{name:<40}{seconds[name]:8.1f} s", flush=True)
-    return seconds
+        forget_peak()
+        found[name] = {"seconds": timed(function)[0], "peak_mb": peak_mb()}
+        print(f"{name:<40}{found[name]['seconds']:8.1f} s{found[name]['peak_mb']:8.0f} MB", flush=True)
+    return found
 
 
 def main() -> None:
@@ -91,14 +104,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-record", action="store_true", help="print the row only")
     options = parser.parse_args()
-    seconds = stages(options)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts = stages(options)
+    seconds, memory = sum(part["seconds"] for part in parts.values()), max(part["peak_mb"] for part in parts.values())
     draw = numpy_generator(NAME, options.seed, "neighbours")
     x, y = (draw.standard_normal((n, options.features)) for n in (options.synthetic, options.real))
     found = turns(x, y, options.rounds)
-    print(f"all {sum(seconds.values()):.1f} s, peak {memory:.0f} MB; neighbours: {found}")
+    print(f"all {seconds:.1f} s, peak {memory:.0f} MB; neighbours: {found}")
     facts = {"command": command_of(parser, options), "settings": settings_of(options)}
-    row = facts | {"seconds": seconds, "total": sum(seconds.values()), "peak_mb": memory, "neighbours": found} | environment()
+    row = facts | {"parts": parts, "total": seconds, "peak_mb": memory, "neighbours": found} | environment()
     if not options.no_record:
         record(row | {"torch_threads": torch.get_num_threads()}, NAME)
 

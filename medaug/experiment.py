@@ -1,7 +1,8 @@
 """A table of arms from one YAML file: every row is trained, generated and gated, then all are graded together.
 
-The file says what the rows share and what each changes; rows that train alike share one training run. Each stage goes
-on where it stopped, so an experiment that was killed is continued by the same command.
+The file says what the rows share and what each changes, and may say how the cohort is made; rows that train alike share one
+training run, rows that make the same images share these. Each stage goes on where it stopped, so an experiment that was killed
+is continued by the same command.
 
 With ``cells`` the rows are no arms but sources, and the arms are mixed from them and the real images, see
 `medaug.grading.presets`.
@@ -10,7 +11,7 @@ With ``cells`` the rows are no arms but sources, and the arms are mixed from the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,144 +19,41 @@ from typing import Any
 import numpy as np
 
 from medaug import assets, storage
+from medaug.cohort import read_cohort
 from medaug.errors import ConfigError
-from medaug.grading.presets import ALL_REAL, check_presets
+from medaug.experiment_file import Experiment, ExperimentRow, read_experiment
+from medaug.feedback import run_feedback
+from medaug.grading.presets import ALL_REAL
 from medaug.grading.verdict import BASELINE
+from medaug.intake.section import publishable, section_options
 from medaug.sessions import Sessions
-from medaug.stages import gate_synthetic, grade_arms
-from medaug.workflow import read_yaml, run_stage, run_training
+from medaug.stages import gate_synthetic, grade_arms, take_in
+from medaug.workflow import load_config, run_stage, run_training
 
-KEYS = ("name", "title", "profile", "arms", "grading", "shared", "rows", "cells")
-ROW_KEYS = ("name", "bundle", "training", "overlay", "generating", "gate", "trainer")
 FACTS = ("generated", "accepted", "label_agreement")
-GRADING = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
-
-
-@dataclass(frozen=True)
-class ExperimentRow:
-    """One arm of the table.
-
-    Attributes:
-        name: of the arm.
-        bundle: name or folder of the bundle that makes its images.
-        training, generating: overrides of these stages, as for `run_stage`; a `seed` of generating is added to the experiment's,
-            so that rows of one run draw images of their own.
-        overlay: of the bundle, for generating; empty for none.
-        gate: keyword arguments of `medaug.stages.gate_synthetic`.
-        trainer: how the graders use its images, as in ``NAME=FOLDER:trainer``; empty for plain training.
-    """
-
-    name: str
-    bundle: str
-    training: Mapping[str, Any] = field(default_factory=dict)
-    generating: Mapping[str, Any] = field(default_factory=dict)
-    gate: Mapping[str, Any] = field(default_factory=dict)
-    trainer: str = ""
-    overlay: str = ""
-
-    def run_name(self) -> str:
-        """Name of the training run: rows of the same bundle and training settings have the same one."""
-        return storage.sha256_json([Path(self.bundle).name, dict(self.training)])[:12]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What a file of ``configs/experiments`` says.
-
-    Attributes:
-        name, title: for people.
-        rows: the arms with synthetic images.
-        arms: real-only arms beside them; `none` is always there.
-        profile: overlay for all bundles.
-        grading: networks, seeds and profile of the benchmark.
-        cells: mixtures of real images and the rows' images; where there are any, the rows are no arms of their own.
-    """
-
-    name: str
-    title: str
-    rows: tuple[ExperimentRow, ...]
-    arms: tuple[str, ...] = ("none", "oversample")
-    profile: str | None = None
-    grading: Mapping[str, Any] = field(default_factory=lambda: dict(GRADING))
-    cells: tuple[str, ...] = ()
-
-    def arm_specs(self, accepted: Path, facts: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-        """Arms and named sources as `medaug grade` takes them; all real images alone are the arm `none`."""
-        if self.cells:
-            sources = [f"{row.name}={accepted / row.name}" for row in self.rows]
-            return [*self.arms, *(cell for cell in self.cells if cell != ALL_REAL)], sources
-        made = [row for row in self.rows if facts[row.name]["accepted"]]  # the others stay in the table, without a score
-        specs = [f"{row.name}={accepted / row.name}" + (f":{row.trainer}" if row.trainer else "") for row in made]
-        return [*self.arms, *specs], []
-
-
-def read_experiment(file: str, profile: str | None = None) -> Experiment:
-    """Read an experiment by its name in ``configs/experiments``, or by path.
-
-    Args:
-        file: name or path.
-        profile: replaces the file's own.
-
-    Raises:
-        ConfigError: not there, an unknown key, no row, two rows of one name, or a cell that is unknown or lacks its row.
-    """
-    content = read_yaml(assets.experiment_path(file))
-    _check_keys("experiment", content, KEYS)
-    shared, rows = content.get("shared") or {}, content.get("rows") or []
-    _check_keys("shared settings", shared, ROW_KEYS)
-    if not isinstance(rows, list) or not rows:
-        raise ConfigError("experiment-empty", f"{file} must list at least one row under `rows`.")
-    made = tuple(_row(shared, row) for row in rows)
-    names = [row.name for row in made]
-    if len(set(names)) != len(names):
-        raise ConfigError("experiment-rows", f"The rows of an experiment need different names, got {names}.")
-    grading = dict(content.get("grading") or {})
-    _check_keys("grading settings", grading, tuple(GRADING))
-    arms = tuple(dict.fromkeys(["none", *(content.get("arms") or ["oversample"])]))
-    name, title = str(content.get("name") or Path(file).stem), str(content.get("title", ""))
-    cells = tuple(map(str, content.get("cells") or ()))
-    check_presets(cells, names)
-    return Experiment(name, title, made, arms, profile or content.get("profile"), GRADING | grading, cells)
-
-
-def _check_keys(what: str, content: Any, known: Sequence[str]) -> None:
-    unknown = set(content) - set(known) if isinstance(content, Mapping) else {"(not a mapping)"}
-    if unknown:
-        raise ConfigError(
-            "config-key-unknown", f"The {what} know {', '.join(known)}; got {', '.join(sorted(map(str, unknown)))}."
-        )
-
-
-def _row(shared: Mapping[str, Any], row: Any) -> ExperimentRow:
-    """The shared settings with a row's own laid over them, mapping by mapping."""
-    _check_keys("rows of an experiment", row, ROW_KEYS)
-    merged: dict[str, Any] = {
-        key: {**(shared.get(key) or {}), **(row.get(key) or {})} if key in ("training", "generating", "gate") else value
-        for key, value in {**shared, **row}.items()
-    }
-    missing = [key for key in ("name", "bundle") if not merged.get(key)]
-    if missing:
-        raise ConfigError("experiment-rows", f"A row of an experiment needs {' and '.join(missing)}.")
-    return ExperimentRow(**merged)
 
 
 def run_experiment(
     file: str,
-    cohort_dir: Path,
+    cohort_dir: Path | None,
     out: Path,
     *,
     profile: str | None = None,
     seed: int = 0,
+    executor: str = "local",
+    workers: int | None = None,
     tracking: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run every row of an experiment and grade them together.
 
     Args:
         file: name in ``configs/experiments`` or path.
-        cohort_dir: real cohort.
-        out: folder: runs/, synthetic/, accepted/, benchmark/, table.md, experiment.json; with cells also NAME.png and rows.json.
+        cohort_dir: real cohort; None makes it in ``out/cohort`` as the file's section ``intake`` says.
+        out: folder: cohort/, runs/, synthetic/, accepted/, feedback/, benchmark/, table.md, experiment.json; with cells also
+            NAME.png and rows.json.
         profile: replaces the file's own.
-        seed: of every stage.
+        seed: of every stage but intake, whose split the file fixes.
+        executor, workers: of the grading; no row depends on them.
         tracking: keyword arguments of `medaug.tracking.track`.
 
     Returns:
@@ -167,20 +65,30 @@ def run_experiment(
     experiment = read_experiment(file, profile)
     out = Path(out)
     tracking = dict(tracking or {"enabled": False})
+    options = None if cohort_dir is not None else section_options(_intake(experiment), out / "cohort")
     with storage.locked(out):
-        head = _head(experiment, file, profile, seed)
+        head = _head(experiment, file, profile, seed, with_intake=options is not None)
         storage.write_json(out / "experiment.json", head)  # what a report of an unfinished experiment can say
-        facts = {}
+        sessions = Sessions(out)
+        if options is not None:
+            with sessions.stage("intake", needed=not (out / "cohort" / "cohort.json").is_file()):
+                take_in(options, tracking=tracking)
+        cohort = Path(cohort_dir or out / "cohort")
+        facts: dict[str, dict[str, Any]] = {}
         for row in experiment.rows:
-            with Sessions(out).stage(f"images of {row.name}", needed=not (out / "accepted" / row.name / "gate.json").is_file()):
-                facts[row.name] = _make(experiment, row, Path(cohort_dir), out, seed, tracking)
-        specs, sources = experiment.arm_specs(out / "accepted", facts)
+            if (made := facts.get(experiment.maker(row).name)) is None:
+                with sessions.stage(f"images of {row.name}", needed=not (row.accepted_folder(out) / "gate.json").is_file()):
+                    made = _make(experiment, row, cohort, out, seed, tracking)
+            facts[row.name] = made
+        specs, sources = experiment.arm_specs(out, facts)
         result = grade_arms(
-            Path(cohort_dir),
+            cohort,
             out / "benchmark",
             specs,
             sources=sources,
             command=head["command"],
+            executor=executor,
+            workers=workers,
             tracking=tracking,
             **experiment.grading,
         )
@@ -193,13 +101,13 @@ def run_experiment(
     return summary
 
 
-def _head(experiment: Experiment, file: str, profile: str | None, seed: int) -> dict[str, Any]:
+def _head(experiment: Experiment, file: str, profile: str | None, seed: int, *, with_intake: bool) -> dict[str, Any]:
     """What is known before anything is made: what the file asks, its settings, and the command with the cohort as a variable."""
     path = assets.experiment_path(file)
     comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     shipped = file in assets.list_experiments()
-    command = f'medaug experiment {file if shipped else path.name} --cohort "$COHORT" --out runs/{experiment.name}'
-    command += (f" --profile {Path(profile).name}" if profile else "") + f" --seed {seed}"
+    command = f"medaug experiment {file if shipped else path.name}" + ("" if with_intake else ' --cohort "$COHORT"')
+    command += f" --out runs/{experiment.name}" + (f" --profile {Path(profile).name}" if profile else "") + f" --seed {seed}"
     return {
         "name": experiment.name,
         "title": experiment.title,
@@ -207,9 +115,25 @@ def _head(experiment: Experiment, file: str, profile: str | None, seed: int) -> 
         "command": command,
         "profile": experiment.profile,
         "seed": seed,
+        "intake": publishable(_intake(experiment)) if with_intake else None,
+        "grading": dict(experiment.grading),
         "settings": [asdict(row) for row in experiment.rows],
         "cells": list(experiment.cells),
     }
+
+
+def _intake(experiment: Experiment) -> Mapping[str, Any]:
+    """The section that makes the cohort.
+
+    Raises:
+        ConfigError: there is none (code `cohort-missing`).
+    """
+    if experiment.intake is None:
+        raise ConfigError(
+            "cohort-missing",
+            f"The experiment {experiment.name} does not say which images it is about; give --cohort, or add a section `intake`.",
+        )
+    return experiment.intake
 
 
 def _write_cells(experiment: Experiment, out: Path, rows: Sequence[Mapping[str, Any]], table: Sequence[dict[str, Any]]) -> None:
@@ -233,13 +157,15 @@ def _make(
     run, synthetic = out / "runs" / row.run_name(), out / "synthetic" / row.name
     common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
     run_training(row.bundle, experiment.profile, {**row.training, **common, "output_dir": str(run)})
+    if row.feedback is not None:
+        return _make_in_rounds(experiment, row, cohort, run, out, seed)
     paths = {"run_dir": str(run), "output_dir": str(synthetic)}
     overrides = {**row.generating, **common, **paths, "seed": seed + int(row.generating.get("seed", 0))}
     made = run_stage(row.bundle, "generating", experiment.profile, overrides, overlay=row.overlay or None)
     gated = gate_synthetic(
         synthetic,
         cohort,
-        out / "accepted" / row.name,
+        row.accepted_folder(out),
         seed=seed,
         allow_short=True,
         filter_dir=out / "filter",
@@ -254,6 +180,25 @@ def _make(
         "accepted": len(accepted),
         "label_agreement": float(np.mean(agree)) if agree else None,
     }
+
+
+def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, Any]:
+    """Generate and gate one row where a grader doubts; in all as many images as the row would make at once."""
+    settings = load_config(row.bundle, "generating", experiment.profile, row.overlay or None) | dict(row.generating)
+    real = sum(not case.is_synthetic for case in read_cohort(cohort).training)
+    budget = max(1, round(settings["synthetic_per_real"] * real))
+    result = run_feedback(
+        row.bundle,
+        cohort,
+        run,
+        row.accepted_folder(out).parent,
+        row.feedback_options(budget),
+        overlay=row.overlay or None,
+        profile=experiment.profile,
+        overrides=row.generating,
+        seed=seed + int(row.generating.get("seed", 0)),
+    )
+    return {"generated": result["saving"]["generated"], "accepted": result["accepted"] or 0, "label_agreement": None}
 
 
 def table_lines(
@@ -275,7 +220,8 @@ def table_lines(
         }
         line |= {key: against.get(key) for key in ("difference", "low", "high", "p_value", "p_holm")}
         line |= {"verdict": entry.get("verdict")}
-        lines.append(line | {key: facts.get(arm, {}).get(key) for key in FACTS})
+        of_row = facts.get(arm.split("@")[0], {})  # several ratios or fractions of one row, see `medaug.grading.variants`
+        lines.append(line | {key: of_row.get(key) for key in FACTS})
     empty: dict[str, Any] = dict.fromkeys(lines[0])
     return lines + [{**empty, "arm": name, **fact} for name, fact in facts.items() if not fact["accepted"]]
 

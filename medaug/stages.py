@@ -67,7 +67,8 @@ def gate_synthetic(
     """`medaug gate`: judge every image of a synthetic cohort, tracked as a run of its own.
 
     Args:
-        checks: names, or mappings of a name to its settings, as a gate's file lists them; None: the default ones.
+        checks: names, or mappings of a name to its settings, as a gate's file lists them; None: the default ones. An empty list turns
+            away unreadable and empty images alone.
         threshold: least confidence of the pseudo-label; None: what `checks` say, else 0.8.
         filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
         calibrate: apply the filter's temperature, fitted on validation, before the threshold.
@@ -82,7 +83,7 @@ def gate_synthetic(
     from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
     from medaug.training.amst_recipe import amst_recipe
 
-    specs, least = take_threshold(list(checks or DEFAULT_CHECKS), threshold)
+    specs, least = take_threshold(list(DEFAULT_CHECKS if checks is None else checks), threshold)
     threshold = PAPER_THRESHOLD if least is None else least
     names = [check.name for check in plan_checks(specs)]
     recipe = change(default_recipe(), filter_recipe or {})

@@ -51,7 +51,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "stages": UPPER | {"grading", "generation"},
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
     "pilot": UPPER | {"stages", "workflow", "augment"},
-    "experiment": UPPER | {"stages", "workflow"},
+    "experiment_file": UPPER | {"workflow", "feedback"},
+    "experiment": UPPER | {"stages", "workflow", "feedback", "experiment_file"},
     "feedback": UPPER | {"stages", "workflow"},
     "cli": UPPER
     | {

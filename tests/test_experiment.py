@@ -1,4 +1,4 @@
-"""An experiment file becomes a table: what rows share, what they may change, and one small one run to its end."""
+"""An experiment becomes a table: from its images to the picture, resumed without work, and small ones run to their end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from medaug import assets, experiment
+from medaug import experiment
 from medaug.cohort import Cohort, read_cohort
-from medaug.errors import ConfigError
+from medaug.errors import ConfigError, StorageError
 from medaug.grading.cells_figure import cells_figure, cells_png
+from medaug.intake import build
+from medaug.io.raster import write_unit_png
 
 SHARED: dict[str, Any] = {
     "bundle": "guided_ddpm",
@@ -21,6 +24,8 @@ SHARED: dict[str, Any] = {
     "generating": {"counts": [2, 2, 2], "device_name": "cpu", "generation_batch_size": 2},
     "gate": {"checks": ["usable"]},
 }
+# Long enough for images that show something: the gate turns away flat ones.
+LONGER = {**SHARED["training"], "batch_size": 8, "max_epochs": 4, "epoch_length": 30}
 ROWS = [
     {"name": "still", "generating": {"sampler_settings": {"num_inference_steps": 2, "bottleneck_scale": 0.0}}},
     {"name": "shaken", "generating": {"sampler_settings": {"num_inference_steps": 2, "bottleneck_scale": 0.5}}},
@@ -33,47 +38,105 @@ def write(folder: Path, **content: object) -> str:
     return str(path)
 
 
-def test_a_row_is_the_shared_settings_with_its_own_laid_over(tmp_path: Path) -> None:
-    row = {"name": "long", "training": {"max_epochs": 9}}
-    read = experiment.read_experiment(write(tmp_path, shared=SHARED, rows=[{"name": "short"}, row], title="Lengths"))
-    short, long = read.rows
-    assert (short.training["max_epochs"], long.training["max_epochs"]) == (1, 9)
-    assert long.training["batch_size"] == 4
-    assert long.bundle == "guided_ddpm"
-    assert short.run_name() != long.run_name()
-    assert read.arms[0] == "none"
+def draw_folder(root: Path, per_class: int = 15, size: int = 16) -> dict[str, Any]:
+    """Bright squares on noise as <class>/*.png in the folder that $DRAWN names, and the section that takes them in."""
+    noise = np.random.default_rng(0)
+    for width, name in ((3, "small"), (6, "medium"), (9, "large")):
+        for index in range(per_class):
+            image = noise.uniform(0.0, 0.3, (size, size)).astype(np.float32)
+            top, left = noise.integers(0, size - width, 2)
+            image[top : top + width, left : left + width] += 0.5
+            write_unit_png(root / "squares" / name / f"{index}.png", image)
+    return {"source": "$DRAWN/squares", "ordinal": False, "image_size": size, "burned_in": "keep"}
 
 
-def test_rows_that_train_alike_share_a_run(tmp_path: Path) -> None:
-    read = experiment.read_experiment(write(tmp_path, shared=SHARED, rows=ROWS))
-    assert len({row.run_name() for row in read.rows}) == 1
+def without_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Rows and grading only noted."""
+    seen: dict[str, Any] = {"made": []}
+
+    def make(_: Any, row: Any, *__: Any) -> dict[str, Any]:
+        seen["made"].append(row.name)
+        return {"generated": 2, "accepted": 2, "label_agreement": None}
+
+    def grade(cohort: Path, out: Path, specs: list[str], **options: Any) -> dict[str, Any]:
+        seen.update(options, cohort=cohort, specs=specs)
+        return {"rows": [{"arm": "none", "balanced_accuracy": 0.5}], "verdict": {}}
+
+    monkeypatch.setattr(experiment, "_make", make)
+    monkeypatch.setattr(experiment, "grade_arms", grade)
+    return seen
 
 
-@pytest.mark.parametrize(
-    ("content", "code"),
-    [
-        ({"rows": []}, "experiment-empty"),
-        ({"rows": [{"name": "a"}]}, "experiment-rows"),
-        ({"rows": [{"name": "a", "bundle": "x"}, {"name": "a", "bundle": "x"}]}, "experiment-rows"),
-        ({"rows": [{"name": "a", "bundle": "x", "lr": 1}]}, "config-key-unknown"),
-        ({"rows": ["a"]}, "config-key-unknown"),
-        ({"rows": [{"name": "a", "bundle": "x"}], "grading": {"epochs": 1}}, "config-key-unknown"),
-        ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig75"]}, "preset-unknown"),
-        ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig+syn2"]}, "source-missing"),
-    ],
-)
-def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, content: dict[str, object], code: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        experiment.read_experiment(write(tmp_path, **content))
-    assert caught.value.code == code
+def test_the_cohort_is_made_once_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, intake = without_work(monkeypatch), draw_folder(tmp_path / "private")
+    monkeypatch.setenv("DRAWN", str(tmp_path / "private"))
+    file = write(tmp_path, shared=SHARED, rows=ROWS, intake=intake)
+    experiment.run_experiment(file, None, tmp_path / "out")
+    cohort = read_cohort(seen["cohort"], verify=True)
+    assert seen["cohort"] == tmp_path / "out" / "cohort" and not cohort.ordinal and len(cohort.cases()) == 45
+    written = (tmp_path / "out" / "experiment.json").read_text()
+    assert "private" not in written + seen["command"] and json.loads(written)["intake"]["source"] == "$DRAWN/squares"
+
+    def again(*_: object) -> None:
+        raise AssertionError("the cohort is made again")
+
+    monkeypatch.setattr(build, "_take_in", again)
+    experiment.run_experiment(file, None, tmp_path / "out", seed=7)  # the split is the file's, not the seed's
+    experiment.run_experiment(file, tmp_path / "other", tmp_path / "out")
+    assert seen["cohort"] == tmp_path / "other"
+    with pytest.raises(StorageError, match="folder-not-empty"):
+        experiment.run_experiment(
+            write(tmp_path, shared=SHARED, rows=ROWS, intake=intake | {"image_size": 32}), None, tmp_path / "out"
+        )
 
 
-@pytest.mark.parametrize("name", assets.list_experiments())
-def test_shipped_experiments_can_be_read(name: str) -> None:
-    read = experiment.read_experiment(name)
-    assert read.title
-    for row in read.rows:
-        assets.bundle_root(row.bundle)
+@pytest.mark.parametrize(("intake", "code"), [({"source": "$DRAWN/squares"}, "variable-unset"), (None, "cohort-missing")])
+def test_without_images_nothing_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intake: dict[str, Any] | None, code: str
+) -> None:
+    monkeypatch.delenv("DRAWN", raising=False)
+    content = {"shared": SHARED, "rows": ROWS} | ({} if intake is None else {"intake": intake})
+    with pytest.raises(ConfigError, match=code):
+        experiment.run_experiment(write(tmp_path, **content), None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_file_freezes_reaches_the_grading_and_the_machine_stays_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = without_work(monkeypatch)
+    rows = [*ROWS, {**ROWS[1], "name": "shaken+amst", "trainer": "amst"}]
+    frozen = {"synthetic_per_real": [1, 2], "allocation": "balance", "real_fraction": 0.5, "overrides": {"batch_size": 8}}
+    file = write(tmp_path, shared=SHARED, rows=rows, grading={**frozen, "networks": "all"})
+    experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out", executor="ray", workers=3)
+    assert {name: seen[name] for name in frozen} == frozen
+    assert (seen["networks"], seen["executor"], seen["workers"]) == ("all", "ray", 3)
+    assert seen["made"] == ["still", "shaken"]
+    assert seen["specs"][-1] == f"shaken+amst={tmp_path / 'out' / 'accepted' / 'shaken'}:amst"
+
+
+def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
+    make_cohort: Callable[..., Cohort], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, seen = make_cohort(tmp_path / "cohort"), {}
+
+    def feedback(*arguments: Any, **options: Any) -> dict[str, Any]:
+        seen.update(options, arguments=arguments)
+        return {"saving": {"generated": 21}, "accepted": None}
+
+    monkeypatch.setattr(experiment, "run_feedback", feedback)
+    row = {
+        "name": "rounds",
+        "bundle": "guided_ddpm",
+        "generating": {"synthetic_per_real": 1.5, "seed": 4},
+        "feedback": {"rounds": 3},
+    }
+    read = experiment.read_experiment(write(tmp_path, rows=[row], profile="tiny"))
+    facts = experiment._make_in_rounds(read, read.rows[0], tmp_path / "cohort", tmp_path / "run", tmp_path / "out", seed=10)
+    assert facts == {"generated": 21, "accepted": 0, "label_agreement": None}
+    folder, options = seen["arguments"][3:]
+    assert folder == tmp_path / "out" / "feedback" / "rounds" and options.budget == round(1.5 * len(cohort.training))
+    assert (options.checks, seen["seed"], seen["profile"]) == (("usable", "copies"), 14, "tiny")
 
 
 def test_the_table_takes_its_figures_from_the_rows() -> None:
@@ -91,17 +154,10 @@ def test_the_table_takes_its_figures_from_the_rows() -> None:
     lines = experiment.table_lines(rows, verdict, {"a": {"accepted": 6}, "b": {"generated": 9, "accepted": 0}})
     assert (lines[-1]["arm"], lines[-1]["accepted"], lines[-1]["score"]) == ("b", 0, None)
     assert "| b | 9 | 0 |  |  |  |  |  |" in experiment.markdown("Title", lines)
+    ratios = [{**row, "arm": f"a@{ratio}"} for ratio in (1, 2) for row in rows if row["arm"] == "a"]
+    assert [line["accepted"] for line in experiment.table_lines(ratios, {}, {"a": {"accepted": 6}})] == [6, 6]
     text = experiment.markdown("Title", [none, a])
     assert "| a | 9 | 6 | 1.000 | 0.800 ± 0.100 | +0.200 | +0.100 to +0.300 | helps |" in text
-
-
-def test_rows_of_cells_are_sources_and_all_real_images_are_the_baseline(tmp_path: Path) -> None:
-    rows = [{"name": name, "generating": {"seed": seed}} for seed, name in enumerate(("syn1", "syn2"))]
-    read = experiment.read_experiment(write(tmp_path, shared=SHARED, rows=rows, cells=["orig100", "syn1", "orig50+rot"]))
-    specs, sources = read.arm_specs(Path("accepted"), {})
-    assert specs == ["none", "oversample", "syn1", "orig50+rot"]
-    assert sources == ["syn1=accepted/syn1", "syn2=accepted/syn2"]
-    assert len({row.run_name() for row in read.rows}) == 1
 
 
 def test_the_picture_of_the_cells_shows_every_run() -> None:
@@ -122,8 +178,7 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
     grading = {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}
     shared = {
         **SHARED,
-        # Long enough for images that show something: the gate turns away flat ones.
-        "training": {**SHARED["training"], "batch_size": 8, "max_epochs": 4, "epoch_length": 30},
+        "training": LONGER,
         "generating": {"counts": [10, 10, 10], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 6}},
     }
     rows = [{"name": name, "generating": {"seed": seed}} for seed, name in enumerate(("syn1", "syn2"))]
@@ -141,15 +196,26 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_an_experiment_runs_to_a_table_and_again_without_work(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
-    make_cohort(tmp_path / "cohort", size=16, per_class=15)
+def test_an_experiment_runs_from_nothing_to_a_table_and_again_without_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake = draw_folder(tmp_path / "data")
+    monkeypatch.setenv("DRAWN", str(tmp_path / "data"))
     grading = {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}
-    file = write(tmp_path, shared=SHARED, rows=ROWS, title="Noise", profile="tiny", grading=grading)
-    first = experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out")
-    assert [line["arm"] for line in first["table"]] == ["none", "oversample", "still", "shaken"]
-    assert [line["generated"] for line in first["table"]] == [None, None, 6, 6]
+    few = {"counts": None, "synthetic_per_real": 0.2}
+    shared = {**SHARED, "training": LONGER, "generating": {"counts": [2, 2, 2], "sampler_settings": {"num_inference_steps": 6}}}
+    rounds = {"rounds": 2, "seeds": 1, "grading_profile": "tiny", "one_shot": False}
+    rows: list[dict[str, Any]] = [{"name": "plain"}, {"name": "relabelled", "trainer": "amst-seed_label"}]
+    rows += [{"name": "rounds", "generating": few, "feedback": rounds}]
+    file = write(tmp_path, intake=intake, shared=shared, rows=rows, title="Noise", profile="tiny", grading=grading)
+    first = experiment.run_experiment(file, None, tmp_path / "out")
+    lines = {line["arm"]: line for line in first["table"]}
+    assert set(lines) == {"none", "oversample", "plain", "relabelled", "rounds", "weak_view"}
+    assert [lines[name]["generated"] for name in ("none", "plain", "relabelled")] == [None, 6, 6]
+    assert 0 < lines["rounds"]["generated"] <= round(0.2 * len(read_cohort(tmp_path / "out" / "cohort").training))
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
+    assert [path.name for path in (tmp_path / "out" / "synthetic").iterdir()] == ["plain"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "benchmark" / "rows").iterdir()}
-    assert experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out")["table"] == first["table"]
+    assert experiment.run_experiment(file, None, tmp_path / "out")["table"] == first["table"]
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "benchmark" / "rows").iterdir()}
-    assert "| shaken |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| relabelled | 6 |" in (tmp_path / "out" / "table.md").read_text()

@@ -30,6 +30,9 @@ def intake(
     window: Annotated[str | None, typer.Option(help="Lower and upper value, e.g. -1350,150 HU.")] = None,
     ordinal: Annotated[bool | None, typer.Option("--ordinal/--nominal", help="Whether the classes are grades.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Names for labels, e.g. 0=normal,1=pneumonia.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Take in these classes only, by their names, e.g. normal,pneumonia.")
+    ] = None,
     modality: Annotated[str, typer.Option(help="CT, CR ... where the files do not say.")] = "",
     name: Annotated[str | None, typer.Option(help="Name of the cohort.")] = None,
     sheet: Annotated[str | None, typer.Option(help="Sheet of an XLSX table.")] = None,
@@ -86,6 +89,7 @@ def intake(
         window=None if window is None else numbers(window, 2, "--window"),  # type: ignore[arg-type]
         ordinal=ordinal,
         class_names=None if class_names is None else tuple(named(class_names.split(","), "--class-names").items()),
+        classes=None if classes is None else tuple(part.strip() for part in classes.split(",")),
         modality=modality,
         name=name,
         sheet=sheet,

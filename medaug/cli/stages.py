@@ -211,6 +211,9 @@ def grade(
     pretrained: Annotated[
         list[str] | None, typer.Option(help="NETWORK=FILE, safetensors weights to start from; repeatable.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or bfloat16: mixed, faster where the processor has it; the same for every arm.")
+    ] = "float32",
     executor: Annotated[str, typer.Option(help="local or ray; both give the same rows.")] = "local",
     workers: Annotated[
         int | None,
@@ -248,7 +251,7 @@ def grade(
         sources=source or [],
         real_fraction=amounts(real_fraction, "--real-fraction"),
         allow_untrusted=allow_untrusted,
-        overrides={} if head == "linear" else {"head": head},
+        overrides={"head": head, "precision": precision},
         pretrained={name: Path(path) for name, path in named(pretrained or [], "--pretrained").items()},
         executor=executor,
         workers=workers,

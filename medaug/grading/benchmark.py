@@ -37,7 +37,7 @@ from medaug.training.classifier import (
 )
 from medaug.training.steps import one_thread
 
-ROW_FORMAT = 1
+ROW_FORMAT = 2  # 2: channels last, which rounds otherwise
 ROWS_FOLDER = "rows"
 WORTH_PROCESSES = 1000  # optimiser steps in all
 _PROBABILITY_DECIMALS = 6
@@ -260,7 +260,7 @@ def _run_cell(cell: Cell, images: GradedImages, device: str | torch.device, adva
             cohort.image_size,
             head=cell.recipe.head,
             pretrained=cell.weights,
-        )
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same network, up to twice as fast on a CPU
     reached = 0
 
     def report(entry: Mapping[str, Any]) -> None:

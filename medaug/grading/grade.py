@@ -25,6 +25,7 @@ from medaug.grading.variants import amounts, check_choosable, opponents_of, spre
 from medaug.grading.verdict import BASELINE
 from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
+from medaug.training.steps import check_precision
 from medaug.training.teacher import check_origin
 
 DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
@@ -110,6 +111,7 @@ def grade(
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     check_choosable(arms, cohort)
     recipes = {name: grading_recipe(profile, name, overrides) for name in names}
+    check_precision(str((overrides or {}).get("precision", "float32")), device)
     weights = _checked_weights(pretrained, names)
     unfit = _unfit_networks(names, cohort, weights, arms, which)
     fit = [name for name in names if name not in {row["network"] for row in unfit}]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from medaug.cohort import SPLITS
-from medaug.errors import DataError
+from medaug.errors import ConfigError, DataError
 from medaug.intake import duplicates
 from medaug.intake.classes import Classes, find_classes, in_words, shown, tidy
 from medaug.intake.grouping import describe_groups, group, join_known, thumbnails
@@ -71,6 +71,7 @@ def assemble(
         spool: holds the thumbnails.
 
     Raises:
+        ConfigError: `class-unknown`, a class asked for that no image has.
         DataError: `label-identifies`, `no-usable-image`, `class-too-small`, `labels-not-classes`, `split-impossible`, `split-missing`.
     """
     if not records:
@@ -81,6 +82,8 @@ def assemble(
         record.votes = tuple((row, reader, names.get(label, label)) for row, reader, label in record.votes)
     sayable = refuse_names(ordered)
     classes = find_classes([label for record in ordered for label in record.labels], options.ordinal, sayable)
+    if odd := [name for name in options.classes or () if name not in classes.names]:
+        raise ConfigError("class-unknown", f"--classes names {', '.join(odd)}, and no image has that label.")
     found = _agreement(ordered, classes)
     single = _labelled(ordered, classes, options, quarantine)
     sets = duplicates.Union(len(ordered))
@@ -163,7 +166,7 @@ def _agreement(records: Sequence[Record], classes: Classes) -> dict[str, Any]:
 
 
 def _labelled(records: Sequence[Record], classes: Classes, options: IntakeOptions, quarantine: Quarantine) -> list[int]:
-    """Indices of records with one label, given or settled between readers; the others are left out."""
+    """Indices of records with one label, given or settled between readers, of a class asked for; the others are left out."""
     single = []
     index = {label: classes.index[tidy(label)] for record in records for label in record.labels}
     for number, record in enumerate(records):
@@ -171,6 +174,8 @@ def _labelled(records: Sequence[Record], classes: Classes, options: IntakeOption
         rank = settle(votes, index, policy=options.conflicts, senior=options.senior, ordinal=classes.ordinal)
         if rank is None:
             quarantine.leave_out(record, "conflicting-label", "The label table gives this image several classes.")
+        elif options.classes is not None and classes.names[rank] not in options.classes:
+            quarantine.leave_out(record, "class-not-chosen", "Its class is not among those that were asked for.")
         else:
             record.label = rank
             single.append(number)

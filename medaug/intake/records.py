@@ -60,6 +60,7 @@ class IntakeOptions:
         window: (lower, upper) in Hounsfield or stored units; None: see `transforms.prepare.to_unit`.
         ordinal: True or False overrides what the class names say.
         class_names: pairs of a label as the source gives it and the name that it gets; None leaves them.
+        classes: names of the classes to take in; images of others are left out. None takes all.
         name: the cohort's name; None takes the name of the output folder.
         sheet: sheet of an XLSX table; None takes the first.
         modality: "CT", "CR" ... where the files do not say.
@@ -97,6 +98,7 @@ class IntakeOptions:
     window: tuple[float, float] | None = None
     ordinal: bool | None = None
     class_names: tuple[tuple[str, str], ...] | None = None
+    classes: tuple[str, ...] | None = None
     name: str | None = None
     sheet: str | None = None
     modality: str = ""
@@ -120,7 +122,8 @@ class IntakeOptions:
         left_out = ("source", "out", "labels", "dry_run", "masks", "pseudonym_key", "mapping", "keep_dicom", "workers")
         kept = {key: value for key, value in asdict(self).items() if key not in left_out} | {"has_table": self.labels is not None}
         # Cohorts from before these options stay what they were.
-        return {key: value for key, value in kept.items() if value is not None or key not in ("training_images", "class_names")}
+        later = ("training_images", "class_names", "classes")
+        return {key: value for key, value in kept.items() if value is not None or key not in later}
 
     def checked(self) -> IntakeOptions:
         """These options with real paths.
@@ -128,11 +131,9 @@ class IntakeOptions:
         Raises:
             ConfigError: an option that cannot be meant.
         """
-        if self.key not in KEYS:
-            raise ConfigError("key-unknown", f"--key must be one of {', '.join(KEYS)}, got {self.key!r}.")
-        if not 8 <= self.image_size <= MAX_IMAGE_SIZE:
-            raise ConfigError("image-size-invalid", f"--image-size must be 8 to {MAX_IMAGE_SIZE} pixels, got {self.image_size}.")
-        self._check_choices()
+        self.check_values()
+        if self.masks is not None and not Path(self.masks).is_dir():
+            raise ConfigError("masks-missing", "The folder given with --masks does not exist; check the path.")
         source, out = Path(self.source), Path(self.out).resolve()
         if not source.exists():
             raise ConfigError("source-missing", "The source to take in does not exist; check the path.")
@@ -150,7 +151,18 @@ class IntakeOptions:
         changed = {"source": source, "out": out, "labels": labels, "pseudonym_key": key, "mapping": mapping, "keep_dicom": keep}
         return IntakeOptions(**{**self.__dict__, **changed})
 
-    def _check_choices(self) -> None:
+    def check_values(self) -> None:
+        """Refuse what cannot be meant whatever the source holds; no file is looked at.
+
+        Raises:
+            ConfigError: an option that cannot be meant.
+        """
+        if self.key not in KEYS:
+            raise ConfigError("key-unknown", f"--key must be one of {', '.join(KEYS)}, got {self.key!r}.")
+        if not 8 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ConfigError("image-size-invalid", f"--image-size must be 8 to {MAX_IMAGE_SIZE} pixels, got {self.image_size}.")
+        if self.classes is not None and len(set(self.classes)) < 2:
+            raise ConfigError("class-too-small", f"--classes must name at least two classes, got {', '.join(self.classes)}.")
         if self.training_images is not None and self.training_images < 2:
             raise ConfigError("part-invalid", f"--training-images must be at least 2, got {self.training_images}.")
         for option, value, known in (
@@ -169,8 +181,6 @@ class IntakeOptions:
             raise ConfigError("slice-column-missing", "--slices table needs --labels and --slice-column.")
         if self.slices == "lesion" and self.masks is None:
             raise ConfigError("masks-missing", "--slices lesion needs --masks, a folder of masks named like the volumes.")
-        if self.masks is not None and not Path(self.masks).is_dir():
-            raise ConfigError("masks-missing", "The folder given with --masks does not exist; check the path.")
 
     def _outside(self, keep: Path, source: Path, out: Path) -> Path:
         """The folder for DICOM copies, apart from source and cohort."""

@@ -19,7 +19,7 @@ from medaug.networks.grading import penultimate
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.classifier import ClassifierRecipe, LabelledImages, seeded
 from medaug.training.softmatch import SoftMatch
-from medaug.training.steps import EndlessOrder, class_weights, rate_factor
+from medaug.training.steps import EndlessOrder, class_weights, mixed_precision, rate_factor
 
 Key = tuple[Hashable, ...]
 
@@ -180,7 +180,10 @@ def _train_heads(
             features = {}
             for view in dict.fromkeys(heads.views):
                 with torch.set_grad_enabled(moving), _statistics(network, view):
-                    features[view] = penultimate(network, views[view](x, drawn))
+                    seen = views[view](x, drawn)
+                    with mixed_precision(recipe.precision, device):
+                        features[view] = penultimate(network, seen)
+                    features[view] = features[view].float()
             loss = pretraining_loss(heads, features, target, amst.orthogonality, weights, recipe.label_smoothing)
         losses.append(_step(loss, optimiser, parameters, recipe, rate_factor(step, staged), f"{step + 1} of the auxiliary heads"))
     return losses
@@ -285,7 +288,7 @@ class MainStep:
         self.image_passes += len(x)
         with seeded(*self.key, "dropout", step, device=self.device):
             self.network.train()
-            logits = self.network(x)
+            logits = self._logits(x)
             smoothing = self.recipe.label_smoothing
             loss = functional.cross_entropy(logits, target, weight=self.class_weights, label_smoothing=smoothing)
             if weak is not None and strong is not None:
@@ -305,14 +308,19 @@ class MainStep:
         """L_c; the weak view is judged without drop-out."""
         self._weigh = self._weigh or self.amst.softmatch(num_classes, self.round_steps)
         with torch.no_grad(), judging(self.network):
-            weak_logits = self.network(weak)
+            weak_logits = self._logits(weak)
         with frozen_statistics(self.network):
-            loss, weights = consistency_loss(weak_logits, self.network(strong), self._weigh, self.amst.soft_target)
+            loss, weights = consistency_loss(weak_logits, self._logits(strong), self._weigh, self.amst.soft_target)
         self.image_passes += len(strong)
         self.forward_passes += len(weak)
         self.weights.append(float(weights.mean()))
         self.smallest.append(float(weights.min()))
         return loss
+
+    def _logits(self, x: Tensor) -> Tensor:
+        with mixed_precision(self.recipe.precision, self.device):
+            logits: Tensor = self.network(x)
+        return logits.float()
 
     def _keys(self, what: str, step: int, count: int) -> Sequence[Key]:
         return [(*self.key, what, step, position) for position in range(count)]

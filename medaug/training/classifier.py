@@ -23,7 +23,7 @@ from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
 from medaug.networks.ordinal import LOSSES
 from medaug.training.mixture import Mixture
-from medaug.training.steps import batch_indices, class_weights, rate_factor
+from medaug.training.steps import PRECISIONS, batch_indices, class_weights, mixed_precision, rate_factor
 from medaug.transforms.policies import Augmented, augment_batch, check_policy
 
 CACHE_BYTES = 200 * 2**20
@@ -64,6 +64,7 @@ class ClassifierRecipe:
         label_smoothing: of the cross-entropy.
         max_grad_norm: gradients are clipped to this norm.
         real_share: share of real images in every batch; None draws real and synthetic in their natural proportion.
+        precision: of the forward and backward pass, "float32" or "bfloat16" (mixed, see `mixed_precision`); scores are taken in 32 bits.
     """
 
     num_steps: int
@@ -78,10 +79,12 @@ class ClassifierRecipe:
     max_grad_norm: float = 1.0
     real_share: float | None = None
     head: str = "linear"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
         _require(self.head in LOSSES, "head", f"one of {', '.join(LOSSES)}", self.head)
+        _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         for name in ("num_steps", "batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("learning_rate", "max_grad_norm"):
@@ -299,8 +302,8 @@ def _update_function(
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * rate_factor(step, recipe)
         network.train()
-        with seeded(*key, "dropout", step, device=device):
-            logits = network(augmented.images)
+        with seeded(*key, "dropout", step, device=device), mixed_precision(recipe.precision, device):
+            logits = network(augmented.images).float()
         if recipe.class_balanced and weights is None:
             weights = class_weights(images.labels(), logits.shape[1]).to(device)
         counts = None if importance is None else torch.from_numpy(importance[indices]).to(device)

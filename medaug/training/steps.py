@@ -12,13 +12,47 @@ import torch
 from torch import Tensor
 
 from medaug.draws import numpy_generator
+from medaug.errors import ConfigError
 
 if TYPE_CHECKING:
     from medaug.training.classifier import ClassifierRecipe
 
 Key = tuple[Hashable, ...]
 
-__all__ = ["EndlessOrder", "batch_indices", "class_weights", "one_thread", "rate_factor"]
+PRECISIONS = ("float32", "bfloat16")
+
+__all__ = [
+    "PRECISIONS",
+    "EndlessOrder",
+    "batch_indices",
+    "check_precision",
+    "class_weights",
+    "mixed_precision",
+    "one_thread",
+    "rate_factor",
+]
+
+
+def mixed_precision(precision: str, device: str | torch.device) -> torch.autocast:
+    """The context of a forward pass: with "bfloat16" convolutions and matrix products take 16 bits, weights and losses keep 32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision != "float32")
+
+
+def check_precision(precision: str, device: str | torch.device) -> None:
+    """Refuse 16 bits where the processor has no instructions for them: they would take many times as long as 32.
+
+    Raises:
+        ConfigError: `precision-slow`.
+    """
+    if precision == "bfloat16" and torch.device(device).type == "cpu" and not _fast_bfloat16():
+        raise ConfigError(
+            "precision-slow",
+            "This processor has no instructions for bfloat16 and would be slower with it; use --precision float32.",
+        )
+
+
+def _fast_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

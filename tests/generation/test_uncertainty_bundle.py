@@ -588,16 +588,19 @@ def test_the_experiment_makes_every_arm_on_shared_weights(make_cohort: Callable[
     file |= {"profile": "tiny", "grading": {"networks": ["simple_cnn"], "seeds": 1, "profile": "tiny"}}
     file["shared"]["training"] |= {name: value for name, value in TINY.items() if name != "tracking"}
     file["shared"]["generating"] |= {"device_name": "cpu"}
+    file["rows"][-1]["feedback"] |= {"rounds": 1, "seeds": 1, "grading_profile": "tiny"}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(file))
     result = run_experiment(str(tmp_path / "table.yaml"), tmp_path / "cohort", tmp_path / "out")
     arms = [line["arm"] for line in result["table"]]
     assert sorted(arms) == sorted(
         ["none", "oversample", "cfg", "classifier_guidance", "mgdm_entropy", "mgdm_margin", "mgdm_leastconf", "disturbed_real"]
+        + ["feedback"]
     )
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
     measures = {
         name: [term["measure"] for term in lineage(read_cohort(tmp_path / "out" / "synthetic" / name))["guidance"]["terms"]]
         for name in arms[2:]
+        if name != "feedback"
     }
     assert measures["cfg"] == [] and measures["mgdm_margin"] == ["margin"] and measures["disturbed_real"] == ["entropy"]
 

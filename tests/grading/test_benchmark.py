@@ -167,6 +167,13 @@ def test_every_profile_gives_a_recipe(profile):
         assert recipe.num_steps >= recipe.evaluate_every >= 1
 
 
+def test_precision_reaches_every_network_that_gains_from_it():
+    for profile in GRADING_PROFILES:
+        assert grading_recipe(profile, "resnet18").precision == "float32"
+        assert grading_recipe(profile, "resnet18", {"precision": "bfloat16"}).precision == "bfloat16"
+        assert grading_recipe(profile, "mobilenetv2_100", {"precision": "bfloat16"}).precision == "float32"
+
+
 def test_images_of_unknown_origin_need_a_word_and_carry_a_warning(tmp_path, make_cohort, make_synthetic):
     real = make_cohort(tmp_path / "real")
     made = make_synthetic(real, tmp_path / "made", [2, 2, 2])

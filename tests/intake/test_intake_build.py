@@ -112,6 +112,16 @@ def test_same_source_gives_the_same_cohort_whatever_its_place(tmp_path):
     assert (tmp_path / "one" / "cohort.json").read_bytes() == (tmp_path / "two" / "cohort.json").read_bytes()
 
 
+def test_only_the_classes_that_were_asked_for_are_taken_in(tmp_path):
+    result = take(fill(tmp_path / "in", ("a", "b", "c")), tmp_path / "out", classes=("a", "c"))
+    assert result.cohort.classes == ("a", "c") and result.counts["used"] == 16
+    assert list(codes(result).values()) == ["class-not-chosen"] * 8
+    with pytest.raises(ConfigError, match="class-unknown"):
+        take(tmp_path / "in", tmp_path / "other", classes=("a", "d"))
+    with pytest.raises(ConfigError, match="class-too-small"):
+        take(tmp_path / "in", tmp_path / "other", classes=("a",))
+
+
 def test_splits_of_the_source_are_kept_unless_others_are_asked_for(tmp_path):
     for number, split in enumerate(("train", "valid", "TEST")):
         for label, name in enumerate("ab"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -407,6 +408,23 @@ def test_stage_three_shows_every_part_its_own_view_in_its_own_mode(monkeypatch):
     assert [names_of(images, rest) for images, _, _ in seen[1:]] == [["weak"], ["strong"]]
     assert [(training, gradient) for _, training, gradient in seen] == [(True, True), (False, False), (True, True)]
     assert (step.image_passes, step.forward_passes) == (16, 8)
+
+
+def test_every_stage_trains_at_the_precision_of_the_recipe():
+    network = fresh()
+    seen = []
+    network.features[0].register_forward_hook(lambda module, inputs, output: seen.append((torch.is_grad_enabled(), output.dtype)))
+    pool = LabelledImages(Squares(12, 0))
+    recipe = replace(QUICK, precision="bfloat16")
+    heads = make_heads(network, AmstRecipe(), 3, 1, 16, ("p",))
+    seen.clear()  # of the look at the network's size
+    pretrain(network, heads, pool, recipe, AmstRecipe(), 1, key=("p",))
+    assert seen and {dtype for _, dtype in seen} == {torch.bfloat16}
+    seen.clear()
+    step, _, _ = main_step(network)
+    step.recipe = recipe
+    step(0)
+    assert {dtype for _, dtype in seen} == {torch.bfloat16} and {gradient for gradient, _ in seen} == {True, False}
 
 
 def running(network) -> dict[str, torch.Tensor]:

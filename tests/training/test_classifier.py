@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
-from medaug.training import classifier
+from medaug.training import classifier, steps
 from medaug.training.classifier import (
     ClassifierRecipe,
     LabelledImages,
@@ -75,10 +75,47 @@ def test_same_key_same_weights_whatever_the_global_state():
 
 
 @pytest.mark.parametrize(
-    "option", [{"policy": "none"}, {"batch_size": 12}, {"class_balanced": True, "label_smoothing": 0.1}, {"learning_rate": 0.01}]
+    "option",
+    [
+        {"policy": "none"},
+        {"batch_size": 12},
+        {"class_balanced": True, "label_smoothing": 0.1},
+        {"learning_rate": 0.01},
+        {"precision": "bfloat16"},
+    ],
 )
 def test_options_are_not_silently_ignored(option):
     assert not torch.equal(fit()[0][0].weight, fit(**option)[0][0].weight)
+
+
+def test_mixed_precision_learns_too_keeps_weights_of_32_bits_and_repeats():
+    network, result = fit(num_steps=60, precision="bfloat16")
+    again, _ = fit(num_steps=60, precision="bfloat16")
+    assert result.best_macro_f1 > 0.9
+    assert {value.dtype for value in network.parameters()} == {torch.float32}
+    assert torch.equal(network[0].weight, again[0].weight)
+    assert predict_logits(network, Stripes(4, "test")).dtype == torch.float32
+    losses = [entry["loss"] for entry in result.history], [entry["loss"] for entry in fit(num_steps=60)[1].history]
+    np.testing.assert_allclose(*losses, atol=0.05)  # the same training but for rounding
+
+
+def test_precision_of_the_forward_pass_is_what_the_recipe_says():
+    seen = []
+    network = small_network("p")
+    network[0].register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
+    recipe = ClassifierRecipe(num_steps=2, batch_size=4, precision="bfloat16")
+    fit_classifier(network, Stripes(8), Stripes(8, "validation"), recipe, key=("p",))
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}  # scores are taken in 32 bits
+
+
+def test_unknown_precision_and_a_processor_without_it_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="float32, bfloat16.*'half'"):
+        ClassifierRecipe(num_steps=2, precision="half")
+    monkeypatch.setattr(steps, "_fast_bfloat16", lambda: False)
+    steps.check_precision("float32", "cpu")
+    steps.check_precision("bfloat16", "cuda")
+    with pytest.raises(ConfigError, match="precision-slow.*--precision float32"):
+        steps.check_precision("bfloat16", "cpu")
 
 
 def test_cache_and_lazy_reading_train_the_same_weights(monkeypatch):
