@@ -37,8 +37,8 @@ def write_report(
     verdict: Mapping[str, Any],
     *,
     points: Sequence[Point] = (),
-) -> None:
-    """Write every file of the report into `out`.
+) -> list[str]:
+    """Write every file of the report into `out`. Returns the names of its pictures.
 
     Args:
         record: of the grading; its command is shown as it is.
@@ -67,6 +67,7 @@ def write_report(
         else:
             (out / name).unlink(missing_ok=True)
     storage.write_text(out / "report.html", _html(record, rows, table, verdict, metric, plots, points))
+    return list(plots)
 
 
 def _figures(

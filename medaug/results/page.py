@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from medaug.results.limits import Outcome
 from medaug.results.readme import readme
 from medaug.results.samples import SAMPLES_NAME, samples_png
 from medaug.results.sources import BENCHMARK, is_page, read_study
-from medaug.results.study import page_files
+from medaug.results.study import Study, page_files
 from medaug.results.unfinished import finished_part
 
 README_NAME, NOTES_NAME = "README.md", "NOTES.md"
@@ -66,9 +67,8 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
         notes = next(
             (place.read_text(encoding="utf-8") for place in (out / NOTES_NAME, folder / NOTES_NAME) if place.is_file()), ""
         )
-        write_report(out, record, rows, verdict, points=points)
-        figures = [name for name in FIGURES if (out / name).is_file()]
-        text = _marked(readme(study, Outcome(record, rows, verdict), figures, notes))
+        figures = write_report(out, record, rows, verdict, points=points)
+        text = _marked(_readme(study, Outcome(record, rows, verdict), figures, notes))
         files = {**page_files(study), README_NAME: text} | ({NOTES_NAME: notes} if notes else {})
         for name, content in files.items():
             storage.write_text(out / name, content)
@@ -84,6 +84,23 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
         "finished": finished,
         "written": sorted([*files, *figures, "report.html", *([SAMPLES_NAME] if sheet else [])]),
     }
+
+
+def _readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -> str:
+    """See `readme`.
+
+    Raises:
+        DataError: `page-malformed`: a fact that somebody wrote by hand is of another kind.
+    """
+    from jinja2 import UndefinedError
+
+    try:
+        return readme(study, outcome, figures, notes)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
+        raise DataError(
+            "page-malformed",
+            f"A fact of the page lacks or mistypes a field ({type(error).__name__}); write the page again from its rows.",
+        ) from error
 
 
 def _marked(text: str) -> str:

@@ -13,7 +13,7 @@ from medaug.errors import DataError
 from medaug.evidence.shown import HIDDEN
 from medaug.grading.benchmark import ROWS_FOLDER
 from medaug.grading.record import RECORD_NAME, GradingRecord, read_record, recorded_rows
-from medaug.results.study import Study, check_rows, page_files, study_from_files
+from medaug.results.study import Study, check_rows, earlier_format, page_files, study_from_files
 
 BENCHMARK = "benchmark"
 PAGE_FILES = ("rows.json", "experiment.json", "environment.json")
@@ -43,31 +43,37 @@ def read_study(folder: Path) -> Study:
         if not rows.is_file():
             raise DataError("rows-missing", f"The page {folder.name} has lost its rows.json; restore it.")
         return study_from_files(rows.read_text(encoding="utf-8"), storage.read_json(content), storage.read_json(times))
-    bench = folder / BENCHMARK if (folder / BENCHMARK).is_dir() else folder
+    files = page_files(_graded(folder))  # what is written is what a reader of the page has, whichever way it came here
+    return study_from_files(*(files[name] if name == PAGE_FILES[0] else json.loads(files[name]) for name in PAGE_FILES))
+
+
+def _graded(folder: Path) -> Study:
+    """The study of a folder that rows were made in."""
+    several = (folder / BENCHMARK).is_dir()
+    bench = folder / BENCHMARK if several else folder
     if not (bench / RECORD_NAME).is_file() and not (bench / ROWS_FOLDER).is_dir():
         if (folder / "rows.json").is_file():
-            raise DataError(
-                "page-format",
-                f"rows.json of {folder.name} is of an earlier format, without the test probabilities that a verdict is computed from; "
-                "write the page again from the experiment's folder.",
-            )
+            raise earlier_format()
         raise DataError(
             "rows-missing",
             f"{folder.name} holds no rows; give a folder of `medaug experiment`, augment or grade whose grading has begun, or a page.",
         )
     record = read_record(bench)
-    rows_found = tuple(recorded_rows(bench, record))
-    if not rows_found:
+    try:
+        rows = tuple(recorded_rows(bench, record))
+        check_rows(record, rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "row-malformed",
+            f"A row of {folder.name} lacks or mistypes a field ({type(error).__name__}); delete it and grade again.",
+        ) from error
+    if not rows:
         raise DataError("rows-missing", f"No training run of {folder.name} is finished yet; run its command again.")
-    check_rows(record, rows_found)
-    times = sessions.joined(sessions.read_sessions(place) for place in dict.fromkeys([folder, bench]))
-    experiment = _object(folder / "experiment.json") if bench != folder else None
+    experiment = _object(folder / "experiment.json") if several else None
     if experiment is not None and "table" not in experiment:  # it has been started again and has not come to its end
         record = replace(record, finished=False)
-    study = Study(record, rows_found, _facts(record, experiment, _object(folder / "augment.json")), times)
-    files = page_files(study)  # what is written is what a reader of the page has, whichever way it came here
-    content, times = (json.loads(files[name]) for name in PAGE_FILES[1:])
-    return study_from_files(files["rows.json"], content, times)
+    times = sessions.joined(sessions.read_sessions(place) for place in dict.fromkeys([folder, bench]))
+    return Study(record, rows, _facts(record, experiment, _object(folder / "augment.json")), times)
 
 
 def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Map
         table = [line for line in experiment.get("table", ()) if line.get("generated")]
         rows = {str(line["arm"]).partition("@")[0]: line for line in reversed(table)}  # variants of a row share its images
         made = [{name: line.get(name) for name in _MADE} | {"arm": row} for row, line in reversed(rows.items())]
-        hidden = {name: _public(known[name]) for name in ("settings", "intake") if name in known}
+        hidden: dict[str, Any] = {name: _public(known[name]) for name in ("settings", "intake") if name in known}
         return {"kind": EXPERIMENT, **common, **known, **hidden, "made": made}
     if job is not None:
         return {"kind": JOB, "name": str(job.get("bundle", "")), **common}

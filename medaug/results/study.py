@@ -27,7 +27,7 @@ _KEPT = (
 )  # fmt: skip
 _FACTS = ("kind", "name", "title", "asked", "command", "profile", "settings", "cells", "made", "intake", "samples")
 
-__all__ = ["PAGE_FORMAT", "Study", "page_files", "study_from_files"]
+__all__ = ["PAGE_FORMAT", "Study", "check_rows", "earlier_format", "page_files", "study_from_files"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def study_from_files(rows_text: str, content: Any, times: Any) -> Study:
     try:
         rows = json.loads(rows_text)
         if rows["format"] != PAGE_FORMAT or content["format"] != PAGE_FORMAT:
-            raise _other_format()
+            raise earlier_format()
         if storage.sha256_bytes(rows_text.encode()) != content["rows_sha256"]:
             raise DataError(
                 "page-changed",
@@ -131,16 +131,17 @@ def study_from_files(rows_text: str, content: Any, times: Any) -> Study:
         record = record_from_json(grading | {"cells": rows["cells"], "data": {**grading["data"], **rows["test"]}})
         full = tuple(_full(row, rows["key"], record) for row in rows["rows"])
         study = Study(record, full, {name: content[name] for name in _FACTS}, sessions.checked(times))
+        check_rows(study.record, study.rows)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             "page-malformed",
             f"A file of the page lacks or mistypes a field ({type(error).__name__}: {str(error)[:60]}); write the page again.",
         ) from error
-    check_rows(study.record, study.rows)
     return study
 
 
-def _other_format() -> DataError:
+def earlier_format() -> DataError:
+    """The refusal of rows that no verdict can be computed from."""
     return DataError(
         "page-format",
         "The rows of this page are of an earlier format, without the test probabilities that a verdict is computed from; write the page "

@@ -170,6 +170,7 @@ def first_row(bench: Path) -> Path:
         (lambda row: row["key"]["recipe"].update(num_steps=9), "row-changed"),
         (lambda row: row["key"].update(cohort="f" * 64), "rows-mixed"),
         (lambda row: row["test"]["ids"].reverse(), "test-cases-differ"),
+        (lambda row: row.pop("key"), "row-malformed"),
     ],
 )
 def test_a_row_changed_by_hand_is_refused(bench: Path, tmp_path: Path, change: Callable[[Any], None], code: str) -> None:
@@ -212,12 +213,16 @@ def test_a_page_whose_rows_were_changed_is_refused_even_with_a_new_hash(page: Pa
         ("experiment.json", lambda content: content.update(format=0), "page-format"),
         ("experiment.json", lambda content: content["grading"].pop("arms"), "record-malformed"),
         ("experiment.json", lambda content: content.pop("asked"), "page-malformed"),
+        ("experiment.json", lambda content: content.update(made=[{"arm": "drawn"}]), "page-malformed"),
+        ("rows.json", lambda content: content["rows"][0].pop("test"), "page-malformed"),
         ("environment.json", lambda content: content["stages"][0].update(environment=5), "sessions-malformed"),
     ],
 )
 def test_a_page_that_lacks_something_is_refused(page: Path, tmp_path: Path, name: str, change: Any, code: str) -> None:
     shutil.copytree(page, tmp_path / "page")
     edit(tmp_path / "page" / name, change)
+    digest = storage.sha256_file(tmp_path / "page" / "rows.json")
+    edit(tmp_path / "page" / "experiment.json", lambda content: content.update(rows_sha256=digest))
     with pytest.raises(DataError) as caught:
         write_page(tmp_path / "page", tmp_path / "again")
     assert caught.value.code == code
