@@ -16,8 +16,9 @@ from medaug.results.page import write_page
 
 SHARED: dict[str, Any] = {
     "bundle": "guided_ddpm",
-    "training": {"batch_size": 4, "max_epochs": 1, "epoch_length": 2, "preview_every": 0, "device_name": "cpu"},
-    "generating": {"counts": [2, 2, 2], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 2}},
+    # Long enough for images that show something: the gate turns away flat ones.
+    "training": {"batch_size": 8, "max_epochs": 4, "epoch_length": 30, "preview_every": 0, "device_name": "cpu"},
+    "generating": {"counts": [2, 2, 2], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 6}},
     "gate": {"checks": ["usable"]},
 }
 EXPERIMENT = {
