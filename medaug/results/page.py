@@ -12,7 +12,7 @@ from medaug import storage
 from medaug.errors import DataError, StorageError
 from medaug.grading.judgement import judged_rows, verdict_and_points
 from medaug.grading.record import RECORD_NAME
-from medaug.grading.report import FIGURES, write_report
+from medaug.grading.report import write_report
 from medaug.results.limits import Outcome
 from medaug.results.readme import readme
 from medaug.results.samples import SAMPLES_NAME, samples_png
