@@ -34,9 +34,11 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
                 "samples-missing", f"The page {folder.name} has no {SAMPLES_NAME}; write it from the experiment's folder."
             )
         return (folder / SAMPLES_NAME).read_bytes()
-    places = [folder / ACCEPTED, *sorted((folder / ACCEPTED).glob("*/"))]
-    sets = [read_cohort(place) for place in places if (place / FILE_NAME).is_file()]
-    sets = [made for made in sets if made.training]
+    # The main job has one set, an experiment one for each row, under feedback/ for a row that was made in rounds.
+    places = {folder / ACCEPTED: ""} | {place: place.name for place in sorted((folder / ACCEPTED).glob("*/"))}
+    places |= {place: place.parent.name for place in sorted(folder.glob(f"feedback/*/{ACCEPTED}/"))}
+    found = {title: read_cohort(place) for place, title in places.items() if (place / FILE_NAME).is_file()}
+    sets = {title: made for title, made in found.items() if made.training}
     if not sets:
         raise DataError(
             "samples-missing",
@@ -44,15 +46,13 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         )
     side = 0.5 * PER_CLASS
     figure = new_figure(side + 1.6, sum(0.5 * len(classes) + 0.5 for _ in sets))
-    for axis, made in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets, strict=True):
+    for axis, (title, made) in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets.items(), strict=True):
         sheet = contact_sheet([_spread(made, label) for label in range(len(classes))], PER_CLASS, made.image_size, made.channels)
         step = sheet.shape[0] / len(classes)
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], classes, fontsize=8)
         axis.set_xticks([])
-        axis.set_title(
-            made.root.name if made.root is not None and made.root.parent.name == ACCEPTED else "", fontsize=9, loc="left"
-        )
+        axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)
     return png(figure)
 

@@ -16,8 +16,10 @@ from medaug.cohort import read_cohort
 from medaug.errors import DataError, MedaugError, StorageError
 from medaug.grading.tables import number, table_rows
 from medaug.results.page import write_page
+from medaug.results.samples import samples_png
 from medaug.results.sources import read_study
 
+CLASSES = ("one", "two", "three")
 WARNED = "Leak indicator: High: patients probably cross the split."
 
 
@@ -282,6 +284,17 @@ def test_samples_need_images(world: Path, page: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(tmp_path / "page")
     write_page(tmp_path / "job", tmp_path / "page")
     assert not (tmp_path / "page" / "samples.png").exists()
+
+
+def test_every_set_of_images_has_a_panel(world: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    heights = []
+    for place in ("accepted/plain", "feedback/rounds/accepted"):
+        shutil.copytree(world / "accepted", tmp_path / place)
+        (tmp_path / "sheet.png").write_bytes(samples_png(tmp_path, CLASSES))
+        heights.append(Image.open(tmp_path / "sheet.png").height)
+    assert heights[1] > 1.8 * heights[0]
 
 
 def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: Path, tmp_path: Path) -> None:
