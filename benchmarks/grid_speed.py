@@ -8,7 +8,9 @@ processes of its own that hold the same cores:
             in every epoch, AdamW, validation as often, the same number of optimiser steps of 32 images
     ray     as grid, on a local Ray cluster
 
-The plain loop has no augmentation; the grid's second arm has the policy `crop_rotate`. A grid counts from its start, imports and decoding
+The plain loop has no augmentation and torch's default precision and layout; the grid's second arm has the policy `crop_rotate`, and its
+networks train as `medaug grade --precision bfloat16` trains them (`--precision float32` for the layout's and the processes' share alone).
+Ray's workers run at the priority of the others, not at their default of nice 15. A grid counts from its start, imports and decoding
 included, as does the loop. Bars: grid / plain at most 0.6 at 300 steps; peak memory of the grid, all its processes together, at most
 6 GB; throughput of ray at least 0.9 of the grid's. Example:
 
@@ -70,7 +72,7 @@ def recipes_of(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe of every network of the grid."""
     from medaug.grading.recipe import grading_recipe
 
-    overrides = {"num_steps": options.steps, "evaluate_every": max(options.steps // 10, 1)}
+    overrides = {"num_steps": options.steps, "evaluate_every": max(options.steps // 10, 1), "precision": options.precision}
     return {name: grading_recipe("cpu32", name, overrides) for name in options.networks}
 
 
@@ -133,7 +135,7 @@ def measured(options: argparse.Namespace, part: str) -> dict[str, float]:
     for folder in ("local", "ray"):
         shutil.rmtree(options.work / folder, ignore_errors=True)
     words = ["--part", part, "--work", str(options.work), "--steps", str(options.steps), "--workers", str(options.workers)]
-    words += ["--networks", *options.networks]
+    words += ["--precision", options.precision, "--networks", *options.networks]
     peak, over = [0.0], threading.Event()
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True)
@@ -183,6 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps of every cell")
     parser.add_argument("--workers", type=int, default=2, help="processes of the grid, threads of the plain loop")
     parser.add_argument("--networks", nargs="+", default=list(TEN_NETWORKS))
+    parser.add_argument("--precision", default="bfloat16", help="of the grid, as of `medaug grade`")
     parser.add_argument("--training", type=int, default=600, help="images")
     parser.add_argument("--held-out", type=int, default=150, help="images each in validation and test")
     parser.add_argument("--image-size", type=int, default=32)
@@ -209,6 +212,7 @@ def main() -> None:
         return
     os.environ.pop("OMP_NUM_THREADS", None)  # the plain loop may use all cores
     os.environ.pop("MKL_NUM_THREADS", None)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - its name
     cohort = draw_cohort(options.work / "cohort", options.training, options.held_out, options.image_size, options.seed)
     found = {part: measured(options, part) for part in ("grid", "plain", *(() if options.without_ray else ("ray",)))}
     figures = {

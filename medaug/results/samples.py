@@ -9,7 +9,7 @@ import numpy as np
 
 from medaug.cohort import FILE_NAME, Case, Cohort, read_cohort
 from medaug.errors import DataError
-from medaug.grading.figures import new_figure, png
+from medaug.grading.figures import literal, new_figure, png
 from medaug.quality.report import contact_sheet
 from medaug.quality.thumbnails import read_image
 from medaug.results.sources import is_page
@@ -47,13 +47,12 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
             f"{folder.name} holds no accepted images; --samples needs a folder of `medaug experiment` or `medaug augment`.",
         )
     side = 0.5 * PER_CLASS
-    names = [name.replace("$", r"\$") for name in classes]  # two dollar signs would begin and end a formula
     figure = new_figure(side + 1.6, sum(0.5 * len(classes) + 0.5 for _ in sets))
     for axis, (title, made) in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets.items(), strict=True):
         sheet = contact_sheet([_spread(made, label) for label in range(len(classes))], PER_CLASS, made.image_size, made.channels)
         step = sheet.shape[0] / len(classes)
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], names, fontsize=8)
+        axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], [literal(name) for name in classes], fontsize=8)
         axis.set_xticks([])
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)
