@@ -19,7 +19,7 @@ VERDICT_COLOURS = {"helps": "#1a7f37", "harms": "#b42318", "no evidence": "#5760
 _MOST_ANNOTATED = 20  # classes; beyond, colours alone
 _NAME_WIDTH = 26
 
-__all__ = ["VERDICT_COLOURS", "comparison_figure", "confusion_figure", "forest_figure", "new_figure", "png"]
+__all__ = ["VERDICT_COLOURS", "comparison_figure", "confusion_figure", "forest_figure", "literal", "new_figure", "png"]
 
 
 def new_figure(width: float, height: float, pad: float = 0.04) -> Figure:
@@ -139,7 +139,7 @@ def confusion_figure(rows: Sequence[Row], arms: Iterable[str], classes: Sequence
     size = max(2.4, 0.6 * len(classes))
     figure = new_figure((size + 0.4) * columns + 3.2, (size + 0.4) * lines + 1.4)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    names = [_short(name.replace("_", " "), _NAME_WIDTH) for name in classes]
+    names = [literal(_short(name.replace("_", " "), _NAME_WIDTH)) for name in classes]
     places = range(len(classes))
     for number, (axis, (arm, matrix)) in enumerate(zip(panels, counts.items(), strict=False)):
         support = matrix.sum(1, keepdims=True)
@@ -159,6 +159,11 @@ def confusion_figure(rows: Sequence[Row], arms: Iterable[str], classes: Sequence
     figure.supylabel("true class", fontsize=10)
     figure.colorbar(image, ax=list(panels), label="share of the class", shrink=0.6, aspect=30)
     return figure
+
+
+def literal(text: str) -> str:
+    """Text that a figure shows as it is: two dollar signs in a name are no formula."""
+    return text.replace("$", r"\$")
 
 
 def _short(text: str, width: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from medaug.cohort import FILE_NAME, Case, Cohort, read_cohort
 from medaug.errors import DataError
-from medaug.grading.figures import new_figure, png
+from medaug.grading.figures import literal, new_figure, png
 from medaug.quality.report import contact_sheet
 from medaug.quality.thumbnails import read_image
 from medaug.results.sources import is_page
@@ -35,8 +35,10 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
             )
         return (folder / SAMPLES_NAME).read_bytes()
     # The main job has one set, an experiment one for each row, under feedback/ for a row that was made in rounds.
-    places = {folder / ACCEPTED: ""} | {place: place.name for place in sorted((folder / ACCEPTED).glob("*/"))}
+    places = {place: place.name for place in sorted((folder / ACCEPTED).glob("*/"))}
     places |= {place: place.parent.name for place in sorted(folder.glob(f"feedback/*/{ACCEPTED}/"))}
+    if (folder / ACCEPTED / FILE_NAME).is_file():
+        places = {folder / ACCEPTED: ""}
     found = {title: read_cohort(place) for place, title in places.items() if (place / FILE_NAME).is_file()}
     sets = {title: made for title, made in found.items() if made.training}
     if not sets:
@@ -50,7 +52,7 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         sheet = contact_sheet([_spread(made, label) for label in range(len(classes))], PER_CLASS, made.image_size, made.channels)
         step = sheet.shape[0] / len(classes)
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], classes, fontsize=8)
+        axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], [literal(name) for name in classes], fontsize=8)
         axis.set_xticks([])
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)

@@ -14,6 +14,7 @@ import pytest
 from medaug import storage
 from medaug.cohort import read_cohort
 from medaug.errors import DataError, MedaugError, StorageError
+from medaug.grading.figures import confusion_figure, png
 from medaug.grading.tables import number, table_rows
 from medaug.results.page import write_page
 from medaug.results.samples import samples_png
@@ -109,6 +110,11 @@ def test_names_cannot_pose_as_markup(page: Path) -> None:
     assert "<b>bold" not in html and "<discs>" not in html
     table = [line for line in text.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} <= {5, 6}
+
+
+def test_names_cannot_pose_as_formulas() -> None:
+    rows = [{"arm": "none", "test": {"metrics": {"confusion": [[1, 0], [0, 1]]}}}]
+    assert png(confusion_figure(rows, ["none"], [r"$\fracx$", "5 $ a day"])).startswith(b"\x89PNG")
 
 
 def test_nothing_names_a_case_a_group_or_a_folder(page: Path, world: Path) -> None:
