@@ -87,7 +87,7 @@ def test_transformers_have_a_recipe_of_their_own(profile):
     for network in ("vit_small_patch16_224", "swin_tiny_patch4_window7_224"):
         assert grading_recipe(profile, network).learning_rate == 3e-4
         assert grading_recipe(profile, network).weight_decay == 0.05
-        assert grading_recipe(profile, network).num_steps == grading_recipe(profile, "resnet50").num_steps
+        assert grading_recipe(profile, network).num_steps >= grading_recipe(profile, "resnet50").num_steps
 
 
 def test_refusals(tmp_path, make_cohort, make_synthetic):
