@@ -68,7 +68,9 @@ def run_augment(
     if allow_short is not None:
         settings["allow_short"] = allow_short
     command = _command(bundle, profile, overrides or {}, settings["allow_short"], seed)
-    job = _Job(bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}), command)
+    job = _Job(
+        bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}), command
+    )
     with storage.locked(job.out):
         with Sessions(job.out).stage("training", needed=not (job.out / "run" / RUN_FILE).is_file()):
             record = job.train()

@@ -155,7 +155,9 @@ def grade(
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
 
 
-def _report(out: Path, keeper: RecordKeeper, known: Sequence[str], failed: Sequence[Row], graded: Sequence[Row]) -> dict[str, Any]:
+def _report(
+    out: Path, keeper: RecordKeeper, known: Sequence[str], failed: Sequence[Row], graded: Sequence[Row]
+) -> dict[str, Any]:
     """Complete the record, judge, and write verdict and report. Returns the verdict."""
     rows = judged_rows(failed, graded)
     record = keeper.finish([*known, *_inert(rows), *_left_out(failed)], failed)

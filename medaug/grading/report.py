@@ -60,7 +60,9 @@ def write_report(
         storage.write_csv(out / CURVES, points, list(points[0]))
     else:
         (out / CURVES).unlink(missing_ok=True)
-    plots = {name: png(figure) for name, figure in _figures(record.data, rows, verdict, points, metric).items() if figure is not None}
+    plots = {
+        name: png(figure) for name, figure in _figures(record.data, rows, verdict, points, metric).items() if figure is not None
+    }
     for name in FIGURES:
         if name in plots:
             storage.write_bytes(out / name, plots[name])

@@ -9,7 +9,7 @@ from typing import Any
 
 from medaug.cohort import SPLITS
 from medaug.evidence.shown import counted, figure, listed, markdown
-from medaug.grading.record import GradingRecord
+from medaug.grading.record import CellName, GradingRecord
 from medaug.grading.tables import ALL, number, table_rows
 from medaug.grading.verdict import BASELINE, METRIC_LABELS, primary_metric
 from medaug.results.limits import Outcome, limits
@@ -93,10 +93,18 @@ def _unfinished(study: Study, outcome: Outcome) -> str:
     missing = record.missing(study.rows)
     if record.finished and not missing:
         return ""
-    left_out = [arm.name for arm in record.arms if arm not in outcome.record.arms]
+    judged = outcome.record
+    arms = [arm.name for arm in record.arms if arm not in judged.arms]
+    networks = [name for name in _networks(record.cells) if name not in _networks(judged.cells)] if not arms else []
     text = f"{len(missing)} of {counted(len(record.cells), 'training run')} are missing"
-    without = f"; the arms {listed(left_out)} are left out" if left_out else ""
+    without = f"; the arms {listed(arms)} are left out" if arms else ""
+    without = f"; the networks {listed(networks)} are left out" if networks else without
     return f"{text}{without}. What follows may change with the rest and is no result."
+
+
+def _networks(cells: Sequence[CellName]) -> list[str]:
+    """Each network of the cells once, in their order."""
+    return list(dict.fromkeys(cell.network for cell in cells))
 
 
 def _asked(study: Study, outcome: Outcome) -> str:

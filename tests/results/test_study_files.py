@@ -127,6 +127,26 @@ def test_an_unfinished_arm_takes_its_variants_and_those_who_meet_it_along() -> N
         whole("none")
 
 
+def test_of_an_unfinished_grading_the_larger_comparison_is_kept() -> None:
+    study = made_up(["none", "a", "b"], 4, 2, 5)
+
+    def kept(*gone: tuple[str, str]) -> tuple[list[str], list[str]]:
+        rows = [row for row in study.rows if (row["arm"], row["network"]) not in gone or row["seed"] == 0]
+        part, rest = finished_part(study.record, rows)
+        assert [(row["arm"], row["network"], row["seed"]) for row in rest] == [
+            (cell.arm, cell.network, cell.seed) for cell in part.cells
+        ]
+        return [arm.name for arm in part.arms], sorted({row["network"] for row in rest})
+
+    all_arms, all_networks = ["none", "a", "b"], ["network0", "network1", "network2", "network3"]
+    assert kept() == (all_arms, all_networks)
+    assert kept(("b", "network3"), ("a", "network3"), ("none", "network3")) == (all_arms, all_networks[:3])
+    assert kept(("b", "network2"), ("b", "network3")) == (["none", "a"], all_networks)  # 16 runs against 12
+    assert kept(("none", "network0")) == (all_arms, all_networks[1:])
+    with pytest.raises(DataError, match="page-too-early"):
+        kept(*(("none", network) for network in all_networks))
+
+
 def test_limits_follow_from_the_settings() -> None:
     study = made_up(["none", "a"], 2, 2, 5)
     entry = {"metric": "balanced_accuracy", "against_none": {"low": -0.1, "high": 0.2}}
