@@ -246,7 +246,7 @@ def check_against(synthetic: Cohort, real: Cohort, *, allow_untrusted: bool = Fa
         allow_untrusted: accept cases whose fit is unknown (images made elsewhere).
 
     Raises:
-        DataError: class lists or image sizes differ.
+        DataError: class lists, image sizes or the meaning of the stored values differ.
         LeakageError: a fit includes a held-out group or one this cohort does not know, or a case inherits a held-out group.
     """
     if synthetic.classes != real.classes or synthetic.image_size != real.image_size or synthetic.channels != real.channels:
@@ -254,6 +254,13 @@ def check_against(synthetic: Cohort, real: Cohort, *, allow_untrusted: bool = Fa
             "cohorts-differ",
             f"Classes, image size and channels must match: real has {list(real.classes)}, {real.image_size} px, {real.channels} channel(s); "
             f"synthetic has {list(synthetic.classes)}, {synthetic.image_size} px, {synthetic.channels}.",
+        )
+    windows = [dict(cohort.intensity) for cohort in (real, synthetic) if isinstance(cohort.intensity.get("0"), int | float)]
+    if len(windows) == 2 and windows[0] != windows[1]:
+        raise DataError(
+            "cohorts-differ",
+            f"The same grey value must mean the same in both: real images are stored as {windows[0]}, synthetic ones as {windows[1]}; make "
+            "them from, or import them like, this cohort.",
         )
     held_out = real.groups("validation") | real.groups("test")
     inherited = {case.group for case in synthetic.training} & held_out

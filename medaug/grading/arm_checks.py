@@ -12,7 +12,7 @@ from medaug.io.pixels import held_out_pixels, shared_pixels
 from medaug.training.teacher import check_origin
 
 if TYPE_CHECKING:
-    from medaug.grading.arms import Arm
+    from medaug.grading.arm import Arm
 
 __all__ = ["check_arm", "check_mix"]
 

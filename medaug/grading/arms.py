@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,16 @@ from medaug import storage
 from medaug.cohort import Case, Cohort, read_cohort
 from medaug.errors import ConfigError, DataError
 from medaug.grading import mixing
-from medaug.grading.arm_checks import check_arm, check_mix
+from medaug.grading.arm import Arm, Variant
+from medaug.grading.arm_checks import check_arm
 from medaug.grading.arm_terms import is_mixed, read_terms
-from medaug.grading.mixing import ALLOCATIONS, REAL, Pair, Source, class_counts, in_proportion, keyed_order, level, real_cases
+from medaug.grading.controls import OVERSAMPLE, WEAK_VIEW, alike, with_count_controls, with_view_controls
+from medaug.grading.mixing import ALLOCATIONS, REAL, Pair, class_counts, in_proportion, keyed_order, level, real_cases
 from medaug.grading.presets import PRESETS
-from medaug.training.amst_recipe import ABLATIONS, AmstRecipe, amst_recipe
+from medaug.training.amst_recipe import ABLATIONS, amst_recipe
 from medaug.training.mixture import Mixture
-from medaug.training.teacher import Teacher
 from medaug.transforms.policies import POLICIES
-from medaug.transforms.views import Views
 
-OVERSAMPLE = "oversample"
-WEAK_VIEW = "weak_view"  # that of AMST; the policy `weak` shifts by half as much and never mirrors
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # FOLDER:amst or FOLDER:amst:UNLABELLED, and the ablations of AMST in its place.
 _TRAINED = re.compile(rf"(?P<folder>.*?):(?P<trainer>{'|'.join(sorted(ABLATIONS, key=len, reverse=True))})(:(?P<unlabelled>.+))?")
@@ -45,123 +43,14 @@ __all__ = [
     "check_arm",
     "extra_counts",
     "in_proportion",
+    "kept_cases",
     "level",
+    "own_controls",
     "parse_arm",
     "prepare_arms",
     "training_facts",
     "training_sha256",
-    "view_controls",
-    "with_view_controls",
 ]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Which of several variants of one arm this is; all empty for an arm that stands alone.
-
-    Attributes:
-        base: name of the arm.
-        per_real: the ratio that tells it from the others; None if they do not differ in it.
-        real_fraction: the fraction of the real images that does; None likewise.
-    """
-
-    base: str = ""
-    per_real: float | None = None
-    real_fraction: float | None = None
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train.
-
-    Attributes:
-        name: as the report prints it.
-        policy: classic augmentation of every training image, a name in `POLICIES`.
-        oversample: repeat real images instead of adding new ones; the control for "more images per step".
-        synthetic: the cohort whose training cases are added.
-        synthetic_per_real: how many per real image; None takes all.
-        allocation: classes of those: "as_generated" (the synthetic cohort's own mix), "proportional" (the real mix) or
-            "balance" (level the classes).
-        extra: images added per class; filled in by `prepare_arms`, which leaves the repeats of a control alone if they are given.
-        allow_untrusted: accept synthetic images whose origin is unknown (made elsewhere).
-        amst: each network is trained by AMST, which labels the synthetic images itself, in as many optimiser steps as the
-            other arms have; None trains by the labels the images carry.
-        unlabelled: with `amst`, further images to train on by consistency: the training cases of this cohort, real or
-            synthetic, whose labels are ignored.
-        teacher: with `amst` and its labels "teacher".
-        views: every training image is seen through the weak view of these, in the place of a policy: the control of an arm
-            that trains by AMST, whose images are seen that way too.
-        real_fraction: of the real training images, see `mixing.keep_fraction`; None for an arm without real images.
-        sources: several synthetic sources, or one with a batch share or loss weight, in the place of `synthetic`.
-        real_share: of every batch that is real, with `sources`.
-        variant: of an arm that is graded at several ratios or fractions, see `medaug.grading.variants`; no part of its content.
-
-    Raises:
-        ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
-            `fraction-invalid`, `arm-mix`, `source-twice`, `share-invalid`, `share-without-source`: see `check_mix`.
-    """
-
-    name: str
-    policy: str = "none"
-    oversample: bool = False
-    synthetic: Cohort | None = None
-    synthetic_per_real: float | None = None
-    allocation: str = "as_generated"
-    extra: tuple[int, ...] | None = None
-    allow_untrusted: bool = False
-    amst: AmstRecipe | None = None
-    unlabelled: Cohort | None = None
-    teacher: Teacher | None = None
-    views: Views | None = None
-    real_fraction: float | None = 1.0
-    sources: tuple[Source, ...] = ()
-    real_share: float | None = None
-    variant: Variant = Variant()
-
-    @property
-    def base(self) -> str:
-        """The name without the ratio and fraction that tell variants apart."""
-        return self.variant.base or self.name
-
-    def __post_init__(self) -> None:
-        check_mix(self)
-        given = [self.policy != "none", self.amst is not None, self.views is not None]
-        if sum(given) > 1:
-            raise ConfigError(
-                "arm-views",
-                f"Arm {self.name} sees its images through the views of AMST, through a policy ({self.policy}) or through views of its "
-                "own; give it one of them.",
-            )
-
-    def content(self) -> dict[str, object]:
-        """What decides this arm's training set, for content addressing."""
-        trained: dict[str, object] = {} if self.amst is None else {"amst": self.amst.content()}
-        if self.unlabelled is not None:
-            trained["unlabelled"] = self.unlabelled.content_sha256
-        if self.teacher is not None:
-            trained["teacher"] = self.teacher.content()
-        if self.views is not None:
-            trained["weak_view"] = _weak(self.views)
-        if self.real_fraction != 1:
-            trained["real_fraction"] = self.real_fraction
-        if self.sources:
-            trained["sources"] = [
-                [source.name, source.cohort.content_sha256, source.weight, source.share] for source in self.sources
-            ]
-            trained["real_share"] = self.real_share
-        return trained | {
-            "name": self.base,  # so that a variant finds the rows of the same arm graded alone, and the other way round
-            "policy": self.policy,
-            "oversample": self.oversample,
-            "extra": list(self.extra or ()),
-            "synthetic": None if self.synthetic is None else self.synthetic.content_sha256,
-        }
-
-    def added(self) -> tuple[Source, ...]:
-        """The synthetic sources, be it one or several."""
-        if self.synthetic is None:
-            return self.sources
-        return (Source("synthetic", self.synthetic, self.synthetic_per_real, self.allocation),)
 
 
 def parse_arm(
@@ -239,41 +128,8 @@ def _built_in(
     )
 
 
-def _weak(views: Views) -> dict[str, Any]:
-    """What decides the weak view."""
-    return {"pad": views.pad, "flip": views.flip}
-
-
-def _is_view_control(arm: Arm, of: Arm) -> bool:
-    """True if `arm` is the control of `of`, which trains by AMST."""
-    if arm.views is None or of.amst is None or arm.real_fraction != of.real_fraction:
-        return False
-    return _weak(arm.views) == _weak(of.amst.views) and arm.synthetic is None and not arm.oversample
-
-
-def with_view_controls(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms and, for those that train by AMST, the real images alone seen through the same weak view, if no arm does so.
-
-    AMST shows every image shifted, plain training as it is; without this control the shifts alone could earn a verdict. The
-    arms that are added come last and are named `WEAK_VIEW`, further ones `WEAK_VIEW`-2 and so on.
-    """
-    out = list(arms)
-    for arm in arms:
-        if arm.amst is not None and not any(_is_view_control(other, arm) for other in out):
-            taken = {other.name for other in out}
-            names = (WEAK_VIEW if number == 1 else f"{WEAK_VIEW}-{number}" for number in range(1, len(out) + 2))
-            name = next(name for name in names if name not in taken)
-            out.append(Arm(name, views=arm.amst.views, real_fraction=arm.real_fraction))
-    return out
-
-
-def view_controls(arms: Sequence[Arm]) -> dict[str, str]:
-    """Name of every arm that trains by AMST -> name of its control, see `with_view_controls`."""
-    return {arm.name: next(other.name for other in arms if _is_view_control(other, arm)) for arm in arms if arm.amst is not None}
-
-
-def _kept(arm: Arm, real: Cohort, seed: int) -> list[Case]:
-    """The real images of an arm."""
+def kept_cases(arm: Arm, real: Cohort, seed: int) -> list[Case]:
+    """The real images of an arm at one seed."""
     return [] if arm.real_fraction is None else mixing.keep_fraction(real_cases(real), arm.real_fraction, seed)
 
 
@@ -283,16 +139,48 @@ def extra_counts(arm: Arm, real: Cohort, seed: int = 0) -> tuple[int, ...]:
     Raises:
         DataError: a source holds fewer than asked for, with the class and both numbers.
     """
-    kept = _kept(arm, real, seed)
+    kept = kept_cases(arm, real, seed)
     counts = [mixing.source_counts(source, real, kept, f"Arm {arm.name}") for source in arm.added()]
     return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0,) * len(real.classes)
 
 
+def own_controls(arms: Sequence[Arm], real: Cohort) -> set[str]:
+    """Names of the synthetic arms that need a control of their own: the common one does not match them, see `controls.alike`.
+
+    Raises:
+        DataError, LeakageError: see `prepare_arms`.
+    """
+    for arm in arms:
+        check_arm(arm, real)
+    return _unmatched(arms, real)
+
+
+def _unmatched(arms: Sequence[Arm], real: Cohort) -> set[str]:
+    """See `own_controls`. An arm without real images is left out: nothing could be repeated for it."""
+    control = next((arm for arm in arms if arm.oversample and arm.matches is None and arm.extra is None), None)
+    largest = _largest(arms, real)
+    if control is None or largest is None:
+        return set()
+
+    def per_class(kept: Arm, added: Arm) -> list[int]:
+        counts = class_counts(kept_cases(kept, real, 0), len(real.classes))
+        return [sum(pair) for pair in zip(counts, extra_counts(added, real), strict=True)]
+
+    common, served = per_class(control, largest), {arm.matches.name for arm in arms if arm.matches is not None}
+    candidates = [arm for arm in arms if arm.added() and arm.real_fraction is not None and arm.name not in served]
+    return {arm.name for arm in candidates if not alike(per_class(arm, arm), common)}
+
+
+def _largest(arms: Sequence[Arm], real: Cohort) -> Arm | None:
+    """The synthetic arm that adds most, of equals the first."""
+    return max((arm for arm in arms if arm.added()), key=lambda arm: sum(extra_counts(arm, real)), default=None)
+
+
 def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
-    """Check every arm, add the controls of `with_view_controls`, and fix the images each arm adds per class.
+    """Check every arm, add the controls of `medaug.grading.controls`, and fix the images each arm adds per class.
 
     The control repeats real images to the count and classes of the largest synthetic arm; without one, until every
-    class is as large as the largest. Arms that are prepared already stay as they are.
+    class is as large as the largest. Arms that it does not match have one of their own. Arms that are prepared already stay as they are.
 
     Raises:
         ConfigError: no arm, or two of one name.  DataError, LeakageError: see `check_arm` and `extra_counts`.
@@ -303,18 +191,27 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     arms = with_view_controls(arms)
     for arm in arms:
         check_arm(arm, real)
-    added = {arm.name: extra_counts(arm, real) for arm in arms}
+    arms = with_count_controls(arms, _unmatched(arms, real))
+    largest = _largest(arms, real)
+    return [
+        _with_repeats(arm, arm.matches or largest, real) if arm.oversample else replace(arm, extra=extra_counts(arm, real))
+        for arm in arms
+    ]
+
+
+def _with_repeats(arm: Arm, matches: Arm | None, real: Cohort) -> Arm:
+    """A control with the images it repeats per class; with those it was given, if any."""
+    if arm.extra is None:
+        arm = replace(arm, matches=matches, extra=extra_counts(matches, real) if matches else _levelling(arm, real))
     present = class_counts(real_cases(real), len(real.classes))
-    largest = max((added[arm.name] for arm in arms if arm.added()), key=sum, default=None)
-    repeated = {arm.name: arm.extra or largest or _levelling(arm, real) for arm in arms if arm.oversample}
-    for control in repeated.values():
-        _refuse_lacking([name for name, has, need in zip(real.classes, present, control, strict=True) if need and not has])
-    return [replace(arm, extra=repeated.get(arm.name, added[arm.name])) for arm in arms]
+    needed = zip(real.classes, present, arm.extra or (), strict=True)
+    _refuse_lacking([name for name, has, need in needed if need and not has])
+    return arm
 
 
 def _levelling(arm: Arm, real: Cohort) -> tuple[int, ...]:
     """Copies per class that make every class of the arm's real images as large as the largest."""
-    counts = class_counts(_kept(arm, real, 0), len(real.classes))
+    counts = class_counts(kept_cases(arm, real, 0), len(real.classes))
     return tuple(max(counts) - count for count in counts)
 
 
@@ -340,9 +237,9 @@ def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
     if not arm.oversample:
         index = mixing.build_training_set(real, arm.added(), real_fraction=arm.real_fraction, seed=seed, what=f"Arm {arm.name}")
         return list(index.pairs)
-    kept = _kept(arm, real, seed)
+    kept = kept_cases(arm, real, seed)
     pairs: list[Pair] = [(real, case) for case in kept]
-    for label, count in enumerate(arm.extra):
+    for label, count in enumerate(arm.extra if arm.matches is None else extra_counts(arm.matches, real, seed)):
         pool = keyed_order([case for case in kept if case.label == label], seed)
         _refuse_lacking([real.classes[label]] if count and not pool else [])
         pairs += [(real, pool[place % len(pool)]) for place in range(count)]

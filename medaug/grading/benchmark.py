@@ -18,13 +18,14 @@ from torch import Tensor
 
 from medaug import __version__, storage
 from medaug.cohort import Cohort
-from medaug.errors import ConfigError, DataError
+from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
 from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.recipe import recipe_content
 from medaug.grading.rows import CellSink, Row, named, tracked
 from medaug.grading.statistics import classification_metrics
+from medaug.io.pixels import held_out_pixels, shared_pixels
 from medaug.networks.grading import build_network
 from medaug.progress import progress as progress_bar
 from medaug.training.amst import fit_amst
@@ -85,8 +86,9 @@ def plan_cells(
         raise ConfigError("recipe-missing", f"No recipe is given for {', '.join(missing)}.")
     if not cohort.test or not cohort.training:
         raise DataError("split-empty", "A benchmark needs training and test cases; run intake with another --split.")
+    _check_splits(cohort)
     prepared = prepare_arms(arms, cohort)
-    _check_heads(prepared, recipes.values())
+    _check_heads(prepared, recipes.values(), cohort.ordinal)
     digests = {network: storage.sha256_file(path) for network, path in (weights or {}).items()}
     cells = []
     for arm in prepared:
@@ -103,12 +105,33 @@ def plan_cells(
     return cells
 
 
-def _check_heads(arms: Sequence[Arm], recipes: Iterable[ClassifierRecipe]) -> None:
-    """AMST trains heads of its own.
+def _check_splits(cohort: Cohort) -> None:
+    """Refuse a cohort whose training images are test or validation images under another name, whatever its groups say.
 
     Raises:
-        ConfigError: `head-amst`.
+        LeakageError: `pixels-held-out`.
     """
+    shared = shared_pixels(cohort, [case for case in cohort.training if not case.is_synthetic], held_out_pixels(cohort))
+    if shared:
+        raise LeakageError(
+            "pixels-held-out",
+            f"{len(shared)} training image(s) have the very pixels of a validation or test image ({', '.join(shared[:5])}); "
+            "make the cohort anew with medaug intake, which keeps copies in one split.",
+        )
+
+
+def _check_heads(arms: Sequence[Arm], recipes: Iterable[ClassifierRecipe], ordinal: bool) -> None:
+    """AMST trains heads of its own; ordered heads need ordered classes.
+
+    Raises:
+        ConfigError: `head-amst`, `head-nominal`.
+    """
+    recipes = list(recipes)
+    if not ordinal and any(recipe.head == "coral" for recipe in recipes):
+        raise ConfigError(
+            "head-nominal",
+            "The head coral learns thresholds between ordered classes, and these are not ordered; use --head linear.",
+        )
     trained = [arm.name for arm in arms if arm.amst is not None]
     if trained and any(recipe.head != "linear" for recipe in recipes):
         raise ConfigError(
@@ -174,7 +197,7 @@ def run_benchmark(
     Raises:
         see `plan_cells`; StorageError: the folder is in use, the disk is full.
     """
-    execute = check_executor(executor, 1 if workers is None else workers)
+    execute = check_executor(executor, workers, ray_address)
     cells = plan_cells(cohort, arms, networks, seeds, recipes, weights)
     with storage.locked(out):
         rows = [_finished_row(out, cell) for cell in cells]

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from medaug.grading.figures import network_mark
 from medaug.grading.verdict import METRIC_LABELS
 
 WIDTH = 0.8  # of a cell's lane that its networks share
@@ -31,14 +32,14 @@ def cells_figure(rows: Sequence[Mapping[str, Any]], cells: Sequence[str], metric
     axis = figure.subplots()
     for index, network in enumerate(networks):
         offset = WIDTH * ((index + 0.5) / len(networks) - 0.5)
-        colour, label = f"C{index % 10}", network
+        (colour, marker), label = network_mark(index), network
         for place, cell in enumerate(cells):
             values = [row[metric] for row in rows if (row["arm"], row["network"]) == (cell, network) and row[metric] is not None]
             if not values:
                 continue
             x = place + offset
             axis.plot([x, x], [min(values), max(values)], color=colour, linewidth=4, alpha=0.25, solid_capstyle="butt")
-            axis.plot([x] * len(values), values, "o", color=colour, alpha=0.6, markersize=4)
+            axis.plot([x] * len(values), values, marker, linestyle="", color=colour, alpha=0.6, markersize=4)
             axis.plot([x], [np.mean(values)], "_", color=colour, markersize=13, markeredgewidth=2.5, label=label)
             label = "_nolegend_"
     for place in range(1, len(cells)):

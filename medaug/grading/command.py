@@ -12,6 +12,7 @@ from medaug.grading.classic_copies import COPIES
 from medaug.grading.mixing import REAL
 
 _QUOTED = re.compile(r"[^A-Za-z0-9_.,=+@/-]")  # what a shell may read as something else
+_RECIPE_OPTIONS = {"head": "linear", "precision": "float32"}  # fields of a recipe that the command line changes
 
 __all__ = ["grade_command"]
 
@@ -44,8 +45,9 @@ def grade_command(
         parts.append(f"--real-fraction {_listed(real_fraction)}")
     if allow_untrusted:
         parts.append("--allow-untrusted")
-    if (head := (overrides or {}).get("head", "linear")) != "linear":
-        parts.append(f"--head {head}")
+    for name, usual in _RECIPE_OPTIONS.items():
+        if (value := (overrides or {}).get(name, usual)) != usual:
+            parts.append(f"--{name} {value}")
     parts += [f'--pretrained "{name}=${_variable(name)}_WEIGHTS"' for name in pretrained or {}]
     return " ".join(parts)
 

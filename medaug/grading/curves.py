@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from medaug.grading.arms import Arm
+from medaug.grading.arm import Arm
 from medaug.grading.figures import new_figure
 from medaug.grading.scores import Scores
 from medaug.grading.variants import Choice

@@ -292,14 +292,20 @@ def _ray_task(task: Task, number: int) -> tuple[Outcome, int]:
 EXECUTORS: dict[str, Executor] = {"local": run_local, "ray": run_ray}
 
 
-def check_executor(name: str, workers: int) -> Executor:
+def check_executor(name: str, workers: int | None = None, ray_address: str | None = None) -> Executor:
     """The executor of this name.
 
     Raises:
-        ConfigError: there is none, or fewer than one worker.
+        ConfigError: there is none, fewer than one worker, or a cluster is named and not used or told its size (`option-conflict`).
     """
     if name not in EXECUTORS:
         raise ConfigError("executor-unknown", f"The executor must be one of {', '.join(EXECUTORS)}, got {name!r}.")
-    if workers < 1:
+    if ray_address is not None and (name != "ray" or workers is not None):
+        raise ConfigError(
+            "option-conflict",
+            "The Ray cluster at --ray-address works only with --executor ray, and its size decides how many runs go side by side, "
+            "not --workers.",
+        )
+    if workers is not None and workers < 1:
         raise ConfigError("workers-invalid", f"The number of workers must be at least 1, got {workers}.")
     return EXECUTORS[name]

@@ -36,6 +36,11 @@ def png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
+def network_mark(index: int) -> tuple[str, str]:
+    """Colour and marker of a network by its place: ten colours, then the same ones with the next marker."""
+    return f"C{index % 10}", "osD^v"[index // 10 % 5]
+
+
 def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: str) -> Figure:
     """Left: every run's score by arm, one marker per network. Right: differences to `none` with 95 % intervals."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -45,12 +50,12 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
     scores, differences = figure.subplots(1, 2, sharey=True)
     offsets = {name: 0.8 * ((index + 0.5) / lanes - 0.5) for index, name in enumerate([*networks, ""])}
     for index, network in enumerate(networks):
-        colour = f"C{index % 10}"
+        colour, marker = network_mark(index)
         for place, arm in enumerate(arms):
             values = [run["test"]["metrics"][metric] for run in rows if (run["arm"], run["network"]) == (arm, network)]
             known = [value for value in values if value is not None]
             height = place + offsets[network]
-            scores.plot(known, [height] * len(known), "o", color=colour, alpha=0.45, markersize=5)
+            scores.plot(known, [height] * len(known), marker, linestyle="", color=colour, alpha=0.45, markersize=5)
             if known:
                 label = network if place == 0 else None
                 scores.plot([np.mean(known)], [height], "|", color=colour, markersize=13, markeredgewidth=2.5, label=label)

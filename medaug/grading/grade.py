@@ -16,6 +16,7 @@ from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import run_benchmark
 from medaug.grading.graded_data import graded_data
 from medaug.grading.judgement import judged_rows, verdict_and_points
+from medaug.grading.notes import arm_notes, data_notes, pretrained_notes, run_notes
 from medaug.grading.presets import named_sources
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.record import GradingRecord, RecordKeeper, acceptance_of
@@ -26,7 +27,6 @@ from medaug.grading.verdict import BASELINE
 from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
 from medaug.training.steps import check_precision
-from medaug.training.teacher import check_origin
 
 DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
 VERDICT_NAME = "verdict.json"
@@ -110,12 +110,12 @@ def grade(
     if BASELINE not in [arm.base for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     check_choosable(arms, cohort)
-    recipes = {name: grading_recipe(profile, name, overrides) for name in names}
     check_precision(str((overrides or {}).get("precision", "float32")), device)
     weights = _checked_weights(pretrained, names)
+    recipes = {name: grading_recipe(profile, name, overrides, pretrained=name in weights) for name in names}
     unfit = _unfit_networks(names, cohort, weights, arms, which)
     fit = [name for name in names if name not in {row["network"] for row in unfit}]
-    known = [*_notes(cohort, arms), *_pretrained_notes(weights)]
+    known = [*data_notes(cohort), *arm_notes(cohort, arms), *pretrained_notes(weights)]
     record = GradingRecord(
         data=graded_data(cohort),
         arms=tuple(arms),
@@ -160,22 +160,11 @@ def _report(
 ) -> dict[str, Any]:
     """Complete the record, judge, and write verdict and report. Returns the verdict."""
     rows = judged_rows(failed, graded)
-    record = keeper.finish([*known, *_inert(rows), *_left_out(failed)], failed)
+    record = keeper.finish([*known, *run_notes(out, rows, failed)], failed)
     verdict, points = verdict_and_points(record, rows)
     storage.write_json(out / VERDICT_NAME, verdict)
     write_report(out, record, rows, verdict, points=points)
     return verdict
-
-
-def _left_out(failed: Sequence[Row]) -> list[str]:
-    """One sentence per network that the verdict does not rest on."""
-    reasons = {row["network"]: row["reason"] for row in reversed(failed)}
-    return [f"{name} is left out of the verdict: {reason}" for name, reason in sorted(reasons.items())]
-
-
-def _pretrained_notes(weights: Mapping[str, Path]) -> list[str]:
-    names = ", ".join(sorted(weights))
-    return [f"The weights of {names} come from a file; nothing shows that they never saw the test patients."] if weights else []
 
 
 def _checked_weights(pretrained: Mapping[str, Path] | None, names: Sequence[str]) -> dict[str, Path]:
@@ -197,36 +186,6 @@ def _checked_weights(pretrained: Mapping[str, Path] | None, names: Sequence[str]
 def _asked_for(arm_specs: Sequence[str]) -> list[str]:
     """The names of cells and sources in the texts of arms."""
     return [place for spec in arm_specs for place in term_names(spec.partition("=")[2] or spec)]
-
-
-def _notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
-    """What a reader must know before the verdict: a split that leaks, images nobody can vouch for."""
-    leak = (cohort.notes.get("leak") or {}).get("warning")
-    notes = [str(leak)] if leak else []
-    for name, arm in {arm.base: arm for arm in arms}.items():
-        given = [case for source in arm.added() for case in source.cohort.training]
-        unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
-        if unknown:
-            notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients.")
-        if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, name, trusted=True):
-            notes.append(f"Nothing shows that the teacher of arm {name} never saw the test patients.")
-        if any((case.lineage or {}).get("weights_trusted") for case in given):
-            notes.append(f"The labels of arm {name} come from a network that began from weights of unknown origin.")
-        if any((case.lineage or {}).get("generator_trusted") for case in given):
-            notes.append(f"The images of arm {name} come from a generator that began from weights of unknown origin.")
-    return notes
-
-
-def _inert(rows: Sequence[Row]) -> list[str]:
-    """Arms whose weighting of unlabelled images did nothing, in how many runs."""
-    found: dict[str, int] = {}
-    for row in rows:
-        if any(note.startswith("amst-softmatch-inert") for note in row.get("amst", {}).get("notes", ())):
-            found[row["arm"]] = found.get(row["arm"], 0) + 1
-    return [
-        f"In {count} run(s) of arm {arm} the weights of unlabelled images stayed near 1: its consistency was plain pseudo-labelling."
-        for arm, count in found.items()
-    ]
 
 
 def _unfit_networks(

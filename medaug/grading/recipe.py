@@ -30,6 +30,8 @@ _TRANSFORMERS = dict.fromkeys(
 # Autocast to bfloat16 makes these slower on a CPU (`benchmarks/grading_step.py`): their depthwise convolutions have no fast kernels of 16 bits.
 _FLOAT32_ONLY = ("mobilenetv2_100", "efficientnet_b0")
 
+_PRETRAINED_RATE = 1e-4  # ten times below that of a network from scratch
+
 # profile -> network (or "default") -> fields of ClassifierRecipe that differ from the profile's default.
 GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {DEFAULT: {"num_steps": 30, "batch_size": 16, "evaluate_every": 15, "learning_rate": 3e-3}},
@@ -58,13 +60,16 @@ GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 __all__ = ["GRADING_PROFILES", "grading_recipe"]
 
 
-def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | None = None) -> ClassifierRecipe:
+def grading_recipe(
+    profile: str, network: str, overrides: Mapping[str, Any] | None = None, *, pretrained: bool = False
+) -> ClassifierRecipe:
     """The recipe of a network in a profile.
 
     Args:
         profile: a key of `GRADING_PROFILES`.
         network: networks without an entry of their own take the profile's default.
         overrides: fields to change, for every arm alike; `precision` leaves networks that gain nothing from 16 bits at float32.
+        pretrained: the network begins from a checkpoint and takes smaller steps, at a rate of at most 1e-4.
 
     Raises:
         ConfigError: unknown profile or field, or a value out of range.
@@ -80,6 +85,8 @@ def grading_recipe(profile: str, network: str, overrides: Mapping[str, Any] | No
             "recipe-unknown-key",
             f"A classifier recipe has the fields {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}.",
         )
+    if pretrained:
+        recipe = replace(recipe, learning_rate=min(recipe.learning_rate, _PRETRAINED_RATE))
     recipe = replace(recipe, **(overrides or {}))
     return replace(recipe, precision="float32") if network in _FLOAT32_ONLY else recipe
 

@@ -14,7 +14,7 @@ from typing import Any
 from medaug import storage
 from medaug.cohort import Cohort
 from medaug.errors import DataError
-from medaug.grading.arms import Arm, Variant
+from medaug.grading.arm import Arm, Variant
 from medaug.grading.benchmark import ROWS_FOLDER, Cell
 from medaug.grading.graded_data import GradedData
 from medaug.grading.rows import Row, named
@@ -215,12 +215,30 @@ class RecordKeeper:
         self._stack.close()
 
     def planned(self, cells: Sequence[Cell], missing: int) -> None:
-        """Write the plan; the clock runs if anything is left to do."""
+        """Write the plan; the clock runs if anything is left to do.
+
+        Raises:
+            DataError: `results-of-another-cohort`.
+        """
+        self._refuse_another_cohort()
         names = tuple(CellName(cell.arm.name, cell.network, cell.seed, cell.sha256) for cell in cells)
         self.record = replace(self.record, cells=names)
         self._write()
         if missing:
             self._save_time = self._stack.enter_context(Sessions(self._out).stage("grading"))
+
+    def _refuse_another_cohort(self) -> None:
+        """Leave a report of other images alone; their rows would stay, but nothing would say whose they are."""
+        try:
+            before, now = read_record(self._out).data, self.record.data
+        except DataError:
+            return  # none is there, or none that could be read: rows alone are found by their content
+        if before.content_sha256 != now.content_sha256:
+            raise DataError(
+                "results-of-another-cohort",
+                f"{self._out.name} holds the results of cohort {before.name} ({before.content_sha256[:12]}), not of {now.name} "
+                f"({now.content_sha256[:12]}); choose another --out.",
+            )
 
     def row(self, row: Row) -> None:
         """Take note of a row that is there."""

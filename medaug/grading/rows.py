@@ -11,7 +11,7 @@ import numpy as np
 
 from medaug import storage
 from medaug.errors import DataError
-from medaug.grading.arms import Arm
+from medaug.grading.arm import Arm
 from medaug.grading.graded_data import GradedData
 from medaug.grading.verdict import Predictions, primary_metric
 

@@ -19,7 +19,9 @@ import numpy as np
 
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError
-from medaug.grading.arms import Arm, Variant, prepare_arms, view_controls, with_view_controls
+from medaug.grading.arm import Arm, Variant
+from medaug.grading.arms import own_controls, prepare_arms
+from medaug.grading.controls import count_control, view_controls, with_count_controls, with_view_controls
 from medaug.grading.rows import Row
 from medaug.grading.statistics import TIE_DECIMALS
 from medaug.grading.verdict import BASELINE, CONTROL, Opponents
@@ -46,7 +48,7 @@ def spread_arms(read: Reader, ratios: Sequence[float], fractions: Sequence[float
 
     A variant is named ``guided_ddpm@2.5``, ``none@real0.5`` or ``guided_ddpm@2.5@real0.5``. With one ratio and one fraction at
     most, the arms are as they are read. The control repeats real images to the count of the largest synthetic arm at the
-    same ratio and fraction.
+    same ratio and fraction; arms of another count or mix of classes have one of their own.
 
     Args:
         read: (ratio, fraction) -> arms; ratio None takes all images.
@@ -59,9 +61,12 @@ def spread_arms(read: Reader, ratios: Sequence[float], fractions: Sequence[float
         see `prepare_arms`.
     """
     taken: Sequence[float | None] = list(ratios) or [None]
-    if len(taken) == len(fractions) == 1:
-        return with_view_controls(read(taken[0], fractions[0]))
-    grid = {(ratio, part): prepare_arms(read(ratio, part), real) for part in fractions for ratio in taken}
+    points = {(ratio, part): with_view_controls(read(ratio, part)) for part in fractions for ratio in taken}
+    own = set[str]().union(*(own_controls(arms, real) for arms in points.values()))  # at any point: every point has the same arms
+    points = {point: with_count_controls(arms, own) for point, arms in points.items()}
+    if len(points) == 1:
+        return points[taken[0], fractions[0]]
+    grid = {point: prepare_arms(arms, real) for point, arms in points.items()}
     spread: list[Arm] = []
     for place, first in enumerate(grid[taken[0], fractions[0]]):
         content = {point: arms[place].content() for point, arms in grid.items()}
@@ -167,7 +172,7 @@ def opponents_of(arms: Sequence[Arm]) -> dict[str, Opponents]:
     return {
         arm.name: Opponents(
             _counterpart(arms, BASELINE, arm) or BASELINE,
-            None if arm.base == CONTROL else _counterpart(arms, CONTROL, arm),
+            None if arm.oversample else _counterpart(arms, count_control(arm.base), arm) or _counterpart(arms, CONTROL, arm),
             views.get(arm.name),
         )
         for arm in arms

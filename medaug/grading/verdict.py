@@ -1,10 +1,10 @@
 """From predictions to a plain sentence per arm: helps, no evidence, harms.
 
-An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control
-that repeats real images, both also after Holm's correction over the arms. An arm that shows its images through views of its
-own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against plain
-training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, and three seeds at least. Everything else is
-"no evidence", which is not "no effect".
+An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control that repeats real
+images, both also after Holm's correction over the arms; without that control no arm is said to help. An arm that shows its images
+through views of its own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against
+plain training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, and three seeds at least.
+Everything else is "no evidence", which is not "no effect".
 
 The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
 luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
@@ -40,8 +40,8 @@ class Opponents:
     """What an arm is compared with.
 
     Attributes:
-        baseline: plain training on the real images that the arm has too.
-        control: real images repeated to the count of the arm's; None without one.
+        baseline: plain training on all real images, in a comparison over fractions on the arm's.
+        control: real images repeated to the count of the arm's, see `medaug.grading.controls`; None without one.
         views: real images seen through the arm's own weak view; None for an arm without views of its own.
     """
 
@@ -118,12 +118,13 @@ def judge(
     none = _comparison(scores, {arm: other.baseline for arm, other in opponents.items()})
     control = _comparison(scores, {arm: other.control for arm, other in opponents.items() if other.control})
     views = _comparison(scores, {arm: other.views for arm, other in opponents.items() if other.views})
-    warnings = _warnings(predictions, notes, has_control=CONTROL in {arm.partition("@")[0] for arm in predictions.arms})
+    has_control = CONTROL in {arm.partition("@")[0] for arm in predictions.arms}
+    warnings = _warnings(predictions, notes, has_control)
     verdicts: dict[str, dict[str, Any]] = {}
     for arm, other in opponents.items():
         seeds = scores.seed_differences(arm, other.baseline)
         required = [family for family in (none, control, views) if arm in family.overall]
-        helped = all(_above(family, arm) for family in required) and min(seeds) > 0
+        helped = has_control and all(_above(family, arm) for family in required) and min(seeds) > 0
         harmed = none.overall[arm].high < 0 and none.p_holm[arm] < SIGNIFICANCE and max(seeds) < 0
         spoken = "helps" if helped else "harms" if harmed else "no evidence"
         verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
@@ -204,7 +205,8 @@ def _warnings(predictions: Predictions, known: Sequence[str], has_control: bool)
         )
     if not has_control:
         notes.append(
-            f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones; add --arm {CONTROL}."
+            f"There is no `{CONTROL}` arm, so nothing shows that new images do more than repeated ones, and no arm is said to help; add "
+            f"--arm {CONTROL}."
         )
     return notes
 

@@ -32,6 +32,8 @@ _LEVELS = 65535  # cohort images have 8 or 16 bits, so 16 bits hold them without
 Key = tuple[Hashable, ...]
 Augment = Callable[[Tensor, Sequence[Key]], Tensor]
 
+_SCORED_PIXELS = 256 * 64 * 64  # of one batch
+
 __all__ = [
     "Augment",
     "BestKeeper",
@@ -375,9 +377,12 @@ class BestKeeper:
 
 @torch.no_grad()
 def predict_logits(
-    network: nn.Module, dataset: Dataset[dict[str, Any]], batch_size: int = 256, device: str | torch.device = "cpu"
+    network: nn.Module, dataset: Dataset[dict[str, Any]], batch_size: int | None = None, device: str | torch.device = "cpu"
 ) -> Tensor:
     """Logits (N, K) on the CPU, in evaluation mode; the network's mode is put back.
+
+    Args:
+        batch_size: None takes 256 images of up to 64 x 64 pixels and fewer larger ones, so that the memory does not grow with the size.
 
     Raises:
         DataError: the data set is empty.
@@ -385,6 +390,8 @@ def predict_logits(
     images = in_memory(dataset)
     was_training = network.training
     network.to(device).eval()
+    if batch_size is None:
+        batch_size = min(256, max(1, _SCORED_PIXELS // images.batch(range(1))[0][0, 0].numel()))
     starts = range(0, len(images), batch_size)
     logits = [network(images.batch(range(start, min(start + batch_size, len(images))))[0].to(device)).cpu() for start in starts]
     network.train(was_training)

@@ -26,7 +26,7 @@ from medaug.generation.stable_diffusion import (
     make_stable_diffusion_sampler,
 )
 from medaug.grading.arms import Arm
-from medaug.grading.grade import _notes
+from medaug.grading.notes import arm_notes
 from medaug.io.raster import read_unit_png
 from medaug.networks.stable_diffusion import TextContexts
 from medaug.transforms.rgb import from_rgb, to_rgb
@@ -198,7 +198,7 @@ def test_session_writes_a_synthetic_cohort_with_lineage(model: TextToImageModel,
     assert lineage["generator_trusted"] is True and lineage["fit_on"] == fit_sha256(())
     assert "Nothing shows" in made.notes["generator"] and case.acquisition == {}
     check_against(made, cohort)
-    assert any("began from weights of unknown origin" in note for note in _notes(cohort, [Arm("sd", synthetic=made)]))
+    assert any("began from weights of unknown origin" in note for note in arm_notes(cohort, [Arm("sd", synthetic=made)]))
 
 
 def test_image_to_image_inherits_where_its_reference_lies(model: TextToImageModel, cohort: Cohort, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from PIL import Image
 
 from medaug.cohort import fit_sha256, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.grading import arms, benchmark
-from medaug.grading.grade import _notes, grade
+from medaug.grading import arms, benchmark, controls
+from medaug.grading.grade import grade
+from medaug.grading.notes import arm_notes
 from medaug.grading.recipe import grading_recipe
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.teacher import Teacher
@@ -161,12 +162,12 @@ def test_the_control_of_amst_sees_its_weak_view_and_nothing_else(tmp_path, make_
         arms.Arm("b", synthetic=synthetic, amst=AmstRecipe(views=views, quantile=0.5)),
         arms.Arm("c", synthetic=synthetic, amst=AmstRecipe(views=other)),
     ]
-    made = arms.with_view_controls(wanted)
+    made = controls.with_view_controls(wanted)
     assert [arm.name for arm in made] == ["none", "a", "b", "c", "weak_view", "weak_view-2"]
-    assert arms.view_controls(made) == {"a": "weak_view", "b": "weak_view", "c": "weak_view-2"}
-    assert arms.with_view_controls(made) == made
+    assert controls.view_controls(made) == {"a": "weak_view", "b": "weak_view", "c": "weak_view-2"}
+    assert controls.with_view_controls(made) == made
     assert [arm.name for arm in arms.prepare_arms(wanted, real)] == [arm.name for arm in made]
-    assert arms.with_view_controls(wanted[:1]) == wanted[:1]
+    assert controls.with_view_controls(wanted[:1]) == wanted[:1]
 
     recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"num_steps": 1, "batch_size": 4})}
     cells = benchmark.plan_cells(real, [made[4], made[5]], ["simple_cnn"], [0], recipes)
@@ -213,8 +214,8 @@ def test_a_teacher_that_saw_held_out_groups_is_refused_and_a_known_one_is_in_the
             arms.check_arm(arm(groups), real)
     arms.check_arm(arm(None, trusted=True), real)
     arms.check_arm(arm(()), real)
-    assert any("teacher of arm taught" in note for note in _notes(real, [arm(None, trusted=True)]))
-    assert _notes(real, [arm(training)]) == []
+    assert any("teacher of arm taught" in note for note in arm_notes(real, [arm(None, trusted=True)]))
+    assert arm_notes(real, [arm(training)]) == []
     recipes = {"simple_cnn": grading_recipe("tiny", "simple_cnn", {"num_steps": 4, "batch_size": 4})}
     row = benchmark.run_benchmark(real, [arm(training)], ["simple_cnn"], [0], recipes, tmp_path / "out")[0]
     assert row["teacher"] == {

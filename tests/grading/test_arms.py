@@ -101,7 +101,7 @@ def test_the_control_repeats_real_images_to_the_count_and_classes_of_the_largest
     prepared = arms.prepare_arms(
         [arms.parse_arm("oversample"), arms.Arm("small", synthetic=small), arms.Arm("large", synthetic=large)], real
     )
-    control, _, most = (arms.build_training_set(arm, real, seed=0) for arm in prepared)
+    control, _, most, _ = (arms.build_training_set(arm, real, seed=0) for arm in prepared)
     assert counts(control) == counts(most) == [6 + 13, 6, 6 + 7]
     assert all(owner is real for owner, _ in control)
     repeats = Counter(case.id for _, case in control if case.label == 0)
@@ -128,7 +128,7 @@ def test_control_refuses_a_class_that_no_kept_group_has(tmp_path, make_cohort):
     rare = [case for case in real.training if case.label == 2][:1]
     real = real.with_cases(training=[case for case in real.training if case.label != 2] + rare)
     arm = arms.Arm("oversample", oversample=True, real_fraction=0.1, extra=(0, 0, 5))
-    kept = [{case.label for case in arms._kept(arm, real, seed)} for seed in range(8)]
+    kept = [{case.label for case in arms.kept_cases(arm, real, seed)} for seed in range(8)]
     lost = next((seed for seed, labels in enumerate(kept) if 2 not in labels), None)
     if lost is None:
         pytest.skip("every part keeps the rare class")

@@ -10,7 +10,8 @@ from medaug.cohort import read_cohort, write_cohort
 from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading import benchmark
 from medaug.grading.arms import Arm, check_arm
-from medaug.grading.grade import _notes, grade
+from medaug.grading.grade import grade
+from medaug.grading.notes import arm_notes
 from medaug.grading.recipe import GRADING_PROFILES, grading_recipe
 
 QUICK = {"num_steps": 40, "batch_size": 16, "evaluate_every": 20, "learning_rate": 5e-3}
@@ -183,8 +184,8 @@ def test_images_of_unknown_origin_need_a_word_and_carry_a_warning(tmp_path, make
         check_arm(Arm("x", synthetic=foreign), real)
     trusting = Arm("x", synthetic=foreign, allow_untrusted=True)
     check_arm(trusting, real)
-    assert "6 image(s) of arm x" in _notes(real, [trusting])[0]
-    assert _notes(real, [Arm("x", synthetic=made)]) == []
+    assert "6 image(s) of arm x" in arm_notes(real, [trusting])[0]
+    assert arm_notes(real, [Arm("x", synthetic=made)]) == []
 
 
 def test_processes_are_started_for_long_comparisons_alone():

@@ -31,8 +31,10 @@ def test_folders_of_arms_are_variables(arm, shown):
 def test_options_are_shown_where_they_are_not_the_default():
     text = grade_command(
         ["none"], **COMMON, synthetic_per_real=[0.5, 2.0], allocation="balance", real_fraction=[0.25, 1], allow_untrusted=True,
-        overrides={"head": "coral"}, pretrained={"resnet18": "secret/file"},
+        overrides={"head": "coral", "precision": "bfloat16"}, pretrained={"resnet18": "secret/file"},
     )  # fmt: skip
-    assert "--per-real 0.5,2 --allocation balance --real-fraction 0.25,1 --allow-untrusted --head coral" in text
+    assert (
+        "--per-real 0.5,2 --allocation balance --real-fraction 0.25,1 --allow-untrusted --head coral --precision bfloat16" in text
+    )
     assert text.endswith('--pretrained "resnet18=$RESNET18_WEIGHTS"')
     assert "--real-fraction" not in grade_command(["none"], **COMMON, real_fraction=1.0)

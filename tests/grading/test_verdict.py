@@ -56,6 +56,15 @@ def test_beating_none_but_not_the_control_is_no_evidence():
     assert verdicts["oversample"]["verdict"] == "helps"
 
 
+def test_without_the_control_no_arm_is_said_to_help():
+    scores = {"none": 0.6, "good": 0.9, "bad": 0.3}
+    with_control = judge(planted(scores | {"oversample": 0.6}), ordinal=False, num_resamples=1000)
+    without = judge(planted(scores), ordinal=False, num_resamples=1000)
+    assert with_control["good"]["verdict"] == "helps" and without["good"]["against_none"]["low"] > 0
+    assert {arm: entry["verdict"] for arm, entry in without.items()} == {"good": "no evidence", "bad": "harms"}
+    assert any("no arm is said to help; add --arm oversample" in warning for warning in without["good"]["warnings"])
+
+
 def test_an_arm_with_views_of_its_own_must_beat_real_images_seen_that_way():
     """The shifts alone earn the whole difference: no evidence for the arm that also shifts."""
     scores = {"none": 0.6, "oversample": 0.6, "weak_view": 0.8, "amst": 0.8, "better": 0.95, "plain": 0.8}
