@@ -45,6 +45,7 @@ class Arm:
         extra: images added per class; filled in by `prepare_arms`, which leaves the repeats of a control alone if they are given.
         matches: with `oversample`, the arm whose added images the repeats match in number, class by class and seed by seed; filled in
             by `prepare_arms` with the largest synthetic arm where it is left out.
+        serves: with `matches`, names of the arms that are compared with this control and not with the common one.
         allow_untrusted: accept synthetic images whose origin is unknown (made elsewhere).
         amst: each network is trained by AMST, which labels the synthetic images itself, in as many optimiser steps as the
             other arms have; None trains by the labels the images carry.
@@ -71,6 +72,7 @@ class Arm:
     allocation: str = "as_generated"
     extra: tuple[int, ...] | None = None
     matches: Arm | None = None
+    serves: tuple[str, ...] = ()
     allow_untrusted: bool = False
     amst: AmstRecipe | None = None
     unlabelled: Cohort | None = None

@@ -27,6 +27,7 @@ from medaug.training.amst_recipe import ABLATIONS, amst_recipe
 from medaug.training.mixture import Mixture
 from medaug.transforms.policies import POLICIES
 
+_Training = tuple[float | None, list[int]]  # fraction of the real images, images per class
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 # FOLDER:amst or FOLDER:amst:UNLABELLED, and the ablations of AMST in its place.
 _TRAINED = re.compile(rf"(?P<folder>.*?):(?P<trainer>{'|'.join(sorted(ABLATIONS, key=len, reverse=True))})(:(?P<unlabelled>.+))?")
@@ -144,31 +145,54 @@ def extra_counts(arm: Arm, real: Cohort, seed: int = 0) -> tuple[int, ...]:
     return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0,) * len(real.classes)
 
 
-def own_controls(arms: Sequence[Arm], real: Cohort) -> set[str]:
-    """Names of the synthetic arms that need a control of their own: the common one does not match them, see `controls.alike`.
+def own_controls(points: Sequence[Sequence[Arm]], real: Cohort) -> dict[str, list[str]]:
+    """The synthetic arms that the common control does not match, see `controls.alike`, and which of them can share one of their own.
+
+    Args:
+        points: the same arms at every ratio and fraction; they share a control only if they can at every point.
+
+    Returns:
+        name of the arm that a control matches -> names of those that meet it.
 
     Raises:
         DataError, LeakageError: see `prepare_arms`.
     """
-    for arm in arms:
-        check_arm(arm, real)
-    return _unmatched(arms, real)
+    for arms in points:
+        for arm in arms:
+            check_arm(arm, real)
+    tables = [_training_counts(arms, real) for arms in points]
+    served: dict[str, list[str]] = {}
+    for name in tables[0]:
+        if name == OVERSAMPLE or _same(tables, name, OVERSAMPLE, any_fraction=True):
+            continue
+        first = next((other for other in served if _same(tables, name, other)), name)
+        served.setdefault(first, []).append(name)
+    return served
 
 
-def _unmatched(arms: Sequence[Arm], real: Cohort) -> set[str]:
-    """See `own_controls`. An arm without real images is left out: nothing could be repeated for it."""
+def _same(tables: Sequence[Mapping[str, _Training]], one: str, other: str, *, any_fraction: bool = False) -> bool:
+    """True if the training sets of two arms are alike at every point."""
+    pairs = [(table[one], table[other]) for table in tables]
+    return all(alike(ours[1], theirs[1]) and (any_fraction or ours[0] == theirs[0]) for ours, theirs in pairs)
+
+
+def _training_counts(arms: Sequence[Arm], real: Cohort) -> dict[str, _Training]:
+    """Fraction of the real images and images per class of every synthetic arm, and of the common control under its name.
+
+    Empty without such a control; an arm without real images is left out: nothing could be repeated for it.
+    """
     control = next((arm for arm in arms if arm.oversample and arm.matches is None and arm.extra is None), None)
     largest = _largest(arms, real)
     if control is None or largest is None:
-        return set()
+        return {}
 
-    def per_class(kept: Arm, added: Arm) -> list[int]:
+    def counted(kept: Arm, added: Arm) -> _Training:
         counts = class_counts(kept_cases(kept, real, 0), len(real.classes))
-        return [sum(pair) for pair in zip(counts, extra_counts(added, real), strict=True)]
+        return kept.real_fraction, [sum(pair) for pair in zip(counts, extra_counts(added, real), strict=True)]
 
-    common, served = per_class(control, largest), {arm.matches.name for arm in arms if arm.matches is not None}
-    candidates = [arm for arm in arms if arm.added() and arm.real_fraction is not None and arm.name not in served]
-    return {arm.name for arm in candidates if not alike(per_class(arm, arm), common)}
+    served = {name for arm in arms for name in arm.serves}
+    candidates = [arm for arm in arms if arm.added() and arm.real_fraction is not None and arm.base not in served]
+    return {OVERSAMPLE: counted(control, largest)} | {arm.name: counted(arm, arm) for arm in candidates}
 
 
 def _largest(arms: Sequence[Arm], real: Cohort) -> Arm | None:
@@ -189,9 +213,7 @@ def prepare_arms(arms: Sequence[Arm], real: Cohort) -> list[Arm]:
     if not names or len(set(names)) != len(names):
         raise ConfigError("arms-invalid", f"A comparison needs arms of different names, got {names}.")
     arms = with_view_controls(arms)
-    for arm in arms:
-        check_arm(arm, real)
-    arms = with_count_controls(arms, _unmatched(arms, real))
+    arms = with_count_controls(arms, own_controls([arms], real))
     largest = _largest(arms, real)
     return [
         _with_repeats(arm, arm.matches or largest, real) if arm.oversample else replace(arm, extra=extra_counts(arm, real))

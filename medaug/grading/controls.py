@@ -6,7 +6,7 @@ class by class. An arm that trains by AMST sees every image shifted: its control
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 from medaug.grading.arm import Arm, weak_view
 
@@ -37,14 +37,24 @@ def count_control(base: str) -> str:
     return f"{OVERSAMPLE}-{base}"
 
 
-def with_count_controls(arms: Sequence[Arm], names: Collection[str]) -> list[Arm]:
-    """The arms and, for those named, real images of the same fraction repeated to their own count and classes."""
+def with_count_controls(arms: Sequence[Arm], served: Mapping[str, Sequence[str]]) -> list[Arm]:
+    """The arms and, for every arm that `served` names, real images of the same fraction repeated to its count and classes.
+
+    Args:
+        served: name of an arm -> names of the arms that meet its control, its own among them.
+    """
     return [
         *arms,
         *(
-            Arm(count_control(arm.name), oversample=True, real_fraction=arm.real_fraction, matches=arm)
+            Arm(
+                count_control(arm.name),
+                oversample=True,
+                real_fraction=arm.real_fraction,
+                matches=arm,
+                serves=tuple(served[arm.name]),
+            )
             for arm in arms
-            if arm.name in names
+            if arm.name in served
         ),
     ]
 

@@ -21,7 +21,7 @@ from medaug.cohort import Cohort
 from medaug.errors import ConfigError
 from medaug.grading.arm import Arm, Variant
 from medaug.grading.arms import own_controls, prepare_arms
-from medaug.grading.controls import count_control, view_controls, with_count_controls, with_view_controls
+from medaug.grading.controls import view_controls, with_count_controls, with_view_controls
 from medaug.grading.rows import Row
 from medaug.grading.statistics import TIE_DECIMALS
 from medaug.grading.verdict import BASELINE, CONTROL, Opponents
@@ -62,8 +62,8 @@ def spread_arms(read: Reader, ratios: Sequence[float], fractions: Sequence[float
     """
     taken: Sequence[float | None] = list(ratios) or [None]
     points = {(ratio, part): with_view_controls(read(ratio, part)) for part in fractions for ratio in taken}
-    own = set[str]().union(*(own_controls(arms, real) for arms in points.values()))  # at any point: every point has the same arms
-    points = {point: with_count_controls(arms, own) for point, arms in points.items()}
+    served = own_controls(list(points.values()), real)
+    points = {point: with_count_controls(arms, served) for point, arms in points.items()}
     if len(points) == 1:
         return points[taken[0], fractions[0]]
     grid = {point: prepare_arms(arms, real) for point, arms in points.items()}
@@ -169,10 +169,11 @@ def at_verdict(arms: Sequence[Arm], choices: Sequence[Choice]) -> list[Arm]:
 def opponents_of(arms: Sequence[Arm]) -> dict[str, Opponents]:
     """Name of every arm but the baselines -> what it is compared with: variants at its own ratio and fraction."""
     views = view_controls(arms)
+    baselines, controls = ([arm for arm in arms if arm.base == base] for base in (BASELINE, CONTROL))
     return {
         arm.name: Opponents(
-            _counterpart(arms, BASELINE, arm) or BASELINE,
-            None if arm.oversample else _counterpart(arms, count_control(arm.base), arm) or _counterpart(arms, CONTROL, arm),
+            _counterpart(baselines, arm) or BASELINE,
+            None if arm.oversample else _counterpart([other for other in arms if arm.base in other.serves] or controls, arm),
             views.get(arm.name),
         )
         for arm in arms
@@ -180,9 +181,8 @@ def opponents_of(arms: Sequence[Arm]) -> dict[str, Opponents]:
     }
 
 
-def _counterpart(arms: Sequence[Arm], base: str, of: Arm) -> str | None:
-    """The variant of `base` at the ratio and fraction of an arm; where that has none, at the largest."""
-    found = [arm for arm in arms if arm.base == base]
+def _counterpart(found: Sequence[Arm], of: Arm) -> str | None:
+    """The variant at the ratio and fraction of an arm; where there is none, at the largest."""
     for place in ("per_real", "real_fraction"):
         found = [arm for arm in found if getattr(arm.variant, place) == getattr(of.variant, place)] or found
     return found[-1].name if found else None

@@ -36,7 +36,13 @@ def test_how_much_counts_may_differ():
 @pytest.fixture
 def world(tmp_path, make_cohort, make_synthetic):
     real = make_cohort(tmp_path / "real", per_class=20)
-    for name, per_class in (("skewed", [30, 0, 0]), ("even", [10, 10, 10]), ("nearly", [10, 10, 9]), ("few", [2, 2, 2])):
+    for name, per_class in (
+        ("skewed", [30, 0, 0]),
+        ("even", [10, 10, 10]),
+        ("nearly", [10, 10, 9]),
+        ("few", [2, 2, 2]),
+        ("scarce", [2, 2, 1]),
+    ):
         make_synthetic(real, tmp_path / name, per_class, name=name)
 
     def read(*names, **options):
@@ -48,12 +54,14 @@ def world(tmp_path, make_cohort, make_synthetic):
 
 def test_every_arm_meets_real_images_repeated_to_its_own_count_and_classes(world):
     real, read = world
-    spread = spread_arms(lambda ratio, part: read("none", "oversample", "even", "nearly", "skewed", "few"), [], [1.0], real)
-    assert [arm.name for arm in spread[6:]] == ["oversample-skewed", "oversample-few"]  # one image fewer is no other count
+    spread = spread_arms(
+        lambda ratio, part: read("none", "oversample", "even", "nearly", "skewed", "few", "scarce"), [], [1.0], real
+    )
+    assert [arm.name for arm in spread[7:]] == ["oversample-skewed", "oversample-few"]  # one image fewer is no other count
     opponents = opponents_of(spread)
     assert opponents["even"] == opponents["nearly"] == Opponents(control="oversample")
     assert opponents["skewed"] == Opponents(control="oversample-skewed")
-    assert opponents["few"].control == "oversample-few"
+    assert opponents["few"].control == opponents["scarce"].control == "oversample-few"
     assert opponents["oversample"] == opponents["oversample-few"] == Opponents()
     sets = {arm.name: arms.build_training_set(arm, real, 1) for arm in arms.prepare_arms(spread, real)}
     assert counts(sets["oversample"]) == counts(sets["even"])
