@@ -67,7 +67,9 @@ def main() -> None:
             found[name][way]["ratio"] = statistics.median(turn[way] / turn["plain"] for turn in rounds)
         print(name, {way: round(entry["ratio"], 3) for way, entry in found[name].items()}, flush=True)
     if not options.no_record:
-        record({"command": command_of(parser, options), "settings": settings_of(options), "networks": found} | environment(), NAME)
+        record(
+            {"command": command_of(parser, options), "settings": settings_of(options), "networks": found} | environment(), NAME
+        )
 
 
 if __name__ == "__main__":

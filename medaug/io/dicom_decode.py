@@ -181,8 +181,7 @@ def _plugin(dataset: Dataset) -> str | None:
         if plugin not in get_decoder(syntax).available_plugins:
             raise DataError(
                 "transfer-syntax-unsupported",
-                f"The pixels are in {syntax.name}, whose decoder is not installed; "
-                f"run `pip install {PACKAGES[plugin]}`.",
+                f"The pixels are in {syntax.name}, whose decoder is not installed; run `pip install {PACKAGES[plugin]}`.",
             )
         return plugin
     if syntax in NATIVE:
