@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--no-record", action="store_true", help="print the row only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
@@ -65,7 +66,10 @@ def main() -> None:
         for way in WAYS:
             found[name][way]["ratio"] = statistics.median(turn[way] / turn["plain"] for turn in rounds)
         print(name, {way: round(entry["ratio"], 3) for way, entry in found[name].items()}, flush=True)
-    record({"command": command_of(parser, options), "settings": settings_of(options), "networks": found} | environment(), NAME)
+    if not options.no_record:
+        record(
+            {"command": command_of(parser, options), "settings": settings_of(options), "networks": found} | environment(), NAME
+        )
 
 
 if __name__ == "__main__":

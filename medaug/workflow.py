@@ -242,6 +242,19 @@ def run_stage(
     return results[-1]
 
 
+def run_setting(run: Path | None, bundle: str, overlay: str | None = None) -> dict[str, str]:
+    """What --run says to the generation of a bundle; one whose `run_dir` is null by itself needs no run.
+
+    Raises:
+        ConfigError: no run for a bundle that generates from one (code `run-not-given`).
+    """
+    if run is not None:
+        return {"run_dir": str(run)}
+    if load_config(bundle, "generating", overlay=overlay).get("run_dir") is not None:
+        raise ConfigError("run-not-given", "These images come from a training run; name its folder with --run.")
+    return {}
+
+
 def _check_kind(key: str, old: Any, new: Any) -> None:
     """Refuse a word where a number or a mapping is; null and ``$`` expressions fit everywhere."""
     _check_switches(key, old, new)

@@ -90,6 +90,7 @@ def test_sigterm_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
         (*TRAIN, "--set", "a"),
         ("generate", "guided_ddpm", "--cohort", "c", "--run", "r", "--out", "s", "--counts", "1,x"),
         ("generate", "guided_ddpm", "--cohort", "c", "--run", "r", "--out", "s", "--counts", "1.5,2"),
+        ("generate", "guided_ddpm", "--cohort", "c", "--out", "s"),
         ("intake", "folder", "--out", "c", "--split", "0.5,0.5"),
         ("intake", "folder", "--out", "c", "--window", "low,high"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from medaug import assets
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.workflow import load_config, load_yaml, own_error, parse_overrides, read_yaml, run_stage, split_overrides
+from medaug.workflow import load_config, load_yaml, own_error, parse_overrides, read_yaml, run_setting, run_stage, split_overrides
 
 
 def test_overrides_are_yaml() -> None:
@@ -116,6 +116,15 @@ def test_overrides_are_sorted_by_stage() -> None:
         "training": {"seed": 1, "batch_size": 2, "network_settings#backbone": "lean"},
         "generating": {"seed": 1, "counts": [1]},
     }
+
+
+def test_only_a_bundle_that_generates_from_a_run_asks_for_one() -> None:
+    assert run_setting(Path("runs/r"), "guided_ddpm") == {"run_dir": "runs/r"}
+    assert run_setting(Path("runs/r"), "text_to_image", "stable_diffusion") == {"run_dir": "runs/r"}
+    assert run_setting(None, "text_to_image", "stable_diffusion") == {}
+    for bundle in assets.list_bundles():
+        with pytest.raises(ConfigError, match="run-not-given.*--run"):
+            run_setting(None, bundle)
 
 
 @pytest.mark.parametrize("key", ["augment#seed", "batchsize", "nothing#at_all"])

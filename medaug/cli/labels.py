@@ -25,7 +25,7 @@ def labels(
 ) -> None:
     """Find labels that look wrong by confident learning: labels.csv, labels.json and report.html with the worst cases.
 
-    Needs `pip install 'medaug[labels]'`. A person decides what to do with the list.
+    Needs `pip install -e '.[labels]'`. A person decides what to do with the list.
 
     Example: medaug labels runs/cohort --out runs/labels --profile cpu32
     """

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort folder made by `medaug intake`.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Output folder; run again with the same arguments to go on.")]
 ProfileOption = Annotated[
-    str | None, typer.Option("--profile", help="tiny, cpu32, cpu64, or a YAML file; none: the paper's values.")
+    str | None, typer.Option("--profile", help="tiny, quickstart, cpu32, cpu64, or a YAML file; none: the paper's values.")
 ]
 OverlayOption = Annotated[str | None, typer.Option("--overlay", help="Another stage of the bundle: a file in its configs/.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the bundle's config; repeatable.")]

@@ -20,7 +20,10 @@ DIFFERENT = 3
 def replay(
     cohort: CohortOption,
     synthetic: Annotated[Path, typer.Option("--synthetic", help="Synthetic cohort, of `medaug generate` or `medaug gate`.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of `medaug train` that it was generated from.")],
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="Folder of `medaug train` that it was generated from, unless it was made without one."),
+    ] = None,
     case: Annotated[list[str] | None, typer.Argument(help="Ids of synthetic cases.")] = None,
     random: Annotated[
         int | None, typer.Option("--random", min=1, help="In place of ids: so many cases, drawn by --seed.")
@@ -43,18 +46,19 @@ def replay(
     from medaug.generation.generate import read_synthetic
     from medaug.generation.replay import choose_cases, replay_cases, replay_settings, shipped_bundle
     from medaug.progress import progress
-    from medaug.workflow import parse_overrides, run_stage
+    from medaug.workflow import parse_overrides, run_setting, run_stage
 
     made = read_synthetic(synthetic)
     cases = choose_cases(made, case or [], random, seed)
     if out is not None and made.root is not None and made.root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ConfigError("out-is-input", "--out must be another folder than the synthetic cohort.")
-    folders = {"dataset_dir": str(cohort), "run_dir": str(run)} | ({} if source is None else {"source": str(source)})
+    folders = {"dataset_dir": str(cohort)} | ({} if source is None else {"source": str(source)})
     given = folders | parse_overrides(settings or [])
 
     def open_session(generation: Generation, device: str) -> GenerationSession:
         overlay = {} if generation.overlay is None else {"overlay": generation.overlay}
-        name, values = bundle or shipped_bundle(generation), replay_settings(generation, device) | given
+        name = bundle or shipped_bundle(generation)
+        values = replay_settings(generation, device) | run_setting(run, name, generation.overlay) | given
         session: GenerationSession = run_stage(name, "generating", None, values, **overlay)
         return session
 

@@ -58,8 +58,10 @@ def train(
 def generate(
     bundle: Annotated[str, typer.Argument(help="Bundle name or folder.")],
     cohort: CohortOption,
-    run: Annotated[Path, typer.Option("--run", help="Folder of `medaug train`.")],
     out: OutOption,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Folder of `medaug train`; Stable Diffusion as it is needs none.")
+    ] = None,
     per_real: Annotated[float | None, typer.Option(help="Synthetic images per real training image.")] = None,
     allocation: Annotated[str | None, typer.Option(help="proportional, balance or fixed.")] = None,
     counts: Annotated[str | None, typer.Option(help="Images per class, in class order, e.g. 10,20,30.")] = None,
@@ -74,10 +76,10 @@ def generate(
 
     Example: medaug generate guided_ddpm --cohort runs/cohort --run runs/run --out runs/synthetic --per-real 2.5 --profile cpu32
     """
-    from medaug.workflow import parse_overrides, run_stage
+    from medaug.workflow import parse_overrides, run_setting, run_stage
 
-    overrides: dict[str, Any] = {"dataset_dir": str(cohort), "run_dir": str(run), "output_dir": str(out), "seed": seed}
-    overrides |= {"tracking": tracked_at(tracking_uri)}
+    overrides: dict[str, Any] = {"dataset_dir": str(cohort), "output_dir": str(out), "seed": seed}
+    overrides |= run_setting(run, bundle, overlay) | {"tracking": tracked_at(tracking_uri)}
     if per_real is not None:
         overrides["synthetic_per_real"] = per_real
     if allocation is not None:

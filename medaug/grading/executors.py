@@ -256,7 +256,7 @@ def _connect_ray(workers: int, address: str | None) -> Any:
         import ray
     except ImportError as error:
         raise MissingDependencyError(
-            "ray-missing", "The executor ray needs the package ray; run `pip install medaug[ray]`."
+            "ray-missing", "The executor ray needs the package ray; run `pip install -e '.[ray]'` where medaug was checked out."
         ) from error
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:

@@ -55,7 +55,7 @@ PLUGINS = {
 PACKAGES = {
     "gdcm": "python-gdcm",
     "pyjpegls": "pyjpegls",
-    "pylibjpeg": "pylibjpeg and pylibjpeg-openjpeg",
+    "pylibjpeg": "pylibjpeg pylibjpeg-openjpeg",
     "pillow": "pillow",
     "pydicom": "pydicom",
 }
@@ -181,8 +181,7 @@ def _plugin(dataset: Dataset) -> str | None:
         if plugin not in get_decoder(syntax).available_plugins:
             raise DataError(
                 "transfer-syntax-unsupported",
-                f"The pixels are in {syntax.name}, whose decoder is not installed; "
-                f"install {PACKAGES[plugin]} with `pip install medaug[codecs]`.",
+                f"The pixels are in {syntax.name}, whose decoder is not installed; run `pip install {PACKAGES[plugin]}`.",
             )
         return plugin
     if syntax in NATIVE:

@@ -98,7 +98,8 @@ def text_packages() -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise MissingDependencyError(
-            "extra-missing", "Stable Diffusion needs diffusers, transformers and peft; run `pip install medaug[text]`."
+            "extra-missing",
+            "Stable Diffusion needs diffusers, transformers and peft; run `pip install -e '.[text]'` where medaug was checked out.",
         ) from error
     return diffusers, transformers
 

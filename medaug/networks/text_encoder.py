@@ -183,7 +183,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
-        raise MissingDependencyError("text-extra-missing", "A local text encoder needs `pip install medaug[text]`.") from error
+        raise MissingDependencyError(
+            "text-extra-missing", "A local text encoder needs `pip install -e '.[text]'` where medaug was checked out."
+        ) from error
     encoder, tokenizer = _parts(folder)
     try:
         words = CLIPTokenizer.from_pretrained(str(tokenizer), local_files_only=True)

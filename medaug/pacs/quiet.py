@@ -28,7 +28,8 @@ def load(name: str) -> ModuleType:
     except ImportError as error:
         package = {"pynetdicom": "pynetdicom", "dicomweb_client": "dicomweb-client"}.get(name.split(".")[0], name)
         raise MissingDependencyError(
-            "pacs-not-installed", f"This command needs the package {package}; run `pip install medaug[pacs]`."
+            "pacs-not-installed",
+            f"This command needs the package {package}; run `pip install -e '.[pacs]'` where medaug was checked out.",
         ) from error
 
 

@@ -25,7 +25,8 @@ def load_cleanlab(module: str = "count") -> ModuleType:
         return importlib.import_module(f"cleanlab.{module}")
     except ImportError as error:
         raise MissingDependencyError(
-            "labels-not-installed", "Finding label issues needs the package cleanlab; run `pip install 'medaug[labels]'`."
+            "labels-not-installed",
+            "Finding label issues needs the package cleanlab; run `pip install -e '.[labels]'` where medaug was checked out.",
         ) from error
 
 

@@ -32,6 +32,7 @@ class Made:
     folder: Path
     world: World
     more: tuple[str, ...] = ()
+    has_run: bool = True
 
     @property
     def cohort(self) -> Cohort:
@@ -131,7 +132,7 @@ def stable_diffusion(cohort: Cohort, root: Path) -> Made:
     more = {"model_dir": str(model), "run_dir": None, "weights_trusted": True} | settings
     world = World(cohort, new_record("text_to_image", cohort, {}, 0), root)
     generate(world, root / "s", "text_to_image", "stable_diffusion", **more)
-    return Made(root / "s", world, ("--set", f"model_dir={model}", "--set", "run_dir=null"))
+    return Made(root / "s", world, ("--set", f"model_dir={model}"), has_run=False)
 
 
 def dagan_bundle(cohort: Cohort, root: Path) -> Made:

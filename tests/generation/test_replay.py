@@ -49,14 +49,8 @@ def mine(made: Made, tmp_path: Path) -> Made:
 
 def replay(made: Made, *which: str, run: Path | None = None, cohort: Path | None = None) -> tuple[int, dict[str, Any]]:
     """Exit code and summary of `medaug replay`; a refusal is raised."""
-    places = [
-        "--synthetic",
-        str(made.folder),
-        "--cohort",
-        str(cohort or made.world.cohort.root),
-        "--run",
-        str(run or made.world.run),
-    ]
+    places = ["--synthetic", str(made.folder), "--cohort", str(cohort or made.world.cohort.root)]
+    places += ["--run", str(run or made.world.run)] if made.has_run else []
     result = CliRunner().invoke(app, ["replay", *which, *places, *made.more, "--json"])
     if isinstance(result.exception, MedaugError):
         raise result.exception
@@ -172,6 +166,11 @@ def test_other_weights_are_refused(made: Made, cohort: Cohort, tmp_path: Path) -
         replay(made, "--random", "1", run=tmp_path / "changed")
 
 
+def test_a_run_is_asked_for_where_one_made_the_images(made: Made) -> None:
+    with pytest.raises(ConfigError, match="run-not-given.*--run"):
+        replay(replace(made, has_run=False), "--random", "1")
+
+
 def test_another_classifier_is_refused(cohort: Cohort, tmp_path: Path) -> None:
     made = WORLDS["uncertainty_guidance"](cohort, tmp_path)
     new_classifier_run(cohort, tmp_path / "classifier", seed=5)
@@ -191,7 +190,7 @@ def test_another_cohort_is_refused(made: Made, cohort: Cohort, tmp_path: Path) -
     [
         ("autoguidance", (), "setting-unknown.*run_dir"),
         ("disturbance, finished stage 1", (), "disturb-source"),
-        ("stable_diffusion", ("--set", "run_dir=null"), "model-missing"),
+        ("stable_diffusion", (), "model-missing"),
     ],
 )
 def test_folders_that_no_record_names_are_asked_for(

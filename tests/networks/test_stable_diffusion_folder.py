@@ -191,7 +191,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(model: Path) -> None:
 @pytest.mark.parametrize("package", ["diffusers", "transformers", "peft"])
 def test_without_the_extra_it_is_named(model: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=r"pip install medaug\[text\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[text\]'"):
         load_parts(check_folder(model))
 
 

@@ -28,6 +28,6 @@ def test_each_command_names_the_extra(tmp_path: Path) -> None:
     calls += [lambda peer=peer: retrieve(peer, tmp_path / "out", query) for peer in (dicom, web)]  # type: ignore[misc]
     calls += [lambda peer=peer: send(tmp_path, peer) for peer in (dicom, web)]  # type: ignore[misc]
     for call in calls:
-        with pytest.raises(MissingDependencyError, match=r"pip install medaug\[pacs\]"):
+        with pytest.raises(MissingDependencyError, match=r"pip install -e '\.\[pacs\]'"):
             call()
     assert not (tmp_path / "out").exists()

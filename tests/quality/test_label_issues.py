@@ -94,6 +94,6 @@ def test_with_two_classes_both_scores_are_the_probability_of_the_label():
 
 def test_without_cleanlab_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cleanlab.count", None)
-    with pytest.raises(MissingDependencyError, match=r"labels-not-installed.*pip install 'medaug\[labels\]'") as caught:
+    with pytest.raises(MissingDependencyError, match=r"labels-not-installed.*pip install -e '\.\[labels\]'") as caught:
         load_cleanlab()
     assert isinstance(caught.value, ConfigError) and caught.value.exit_code == 2
