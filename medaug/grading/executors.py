@@ -91,20 +91,20 @@ class _Queue:
     waiting: deque[int]
     lost: dict[int, int] = field(default_factory=dict)
 
-    def give_back(self, number: int) -> None:
-        """Put a lost task in front.
-
-        Raises:
-            StorageError: `worker-lost`: it was lost too often.
-        """
+    def give_back(self, number: int) -> Failure | None:
+        """Put a lost task in front; one that was lost too often is given up, so that the others go on."""
         self.lost[number] = self.lost.get(number, 0) + 1
         if self.lost[number] > MAX_RETRIES:
-            raise StorageError(
-                "worker-lost",
-                f"A worker process died {self.lost[number]} times on the same training run, perhaps for lack of memory; "
-                "run the same command again with fewer --workers.",
-            )
+            return _lost_for_good()
         self.waiting.appendleft(number)
+        return None
+
+
+def _lost_for_good() -> Failure:
+    return Failure(
+        "worker-lost",
+        f"its worker process died {MAX_RETRIES + 1} times, perhaps for lack of memory; run the same command again with fewer --workers.",
+    )
 
 
 def _run_processes(task: Task, numbers: Sequence[int], workers: int, advance: Advance) -> Iterator[tuple[int, Outcome]]:
@@ -177,7 +177,9 @@ def _listen(worker: _Worker, queue: _Queue, advance: Advance) -> Iterator[tuple[
         worker.pipe.close()
         if worker.number is not None:
             advance(worker.number, -worker.reached)
-            queue.give_back(worker.number)
+            failure = queue.give_back(worker.number)
+            if failure is not None:
+                yield worker.number, failure
         return
     number = worker.number
     assert number is not None
@@ -225,7 +227,7 @@ def run_ray(
     The machines of a cluster must see the cohorts and the output folder under the same paths and have the same medaug.
 
     Raises:
-        MissingDependencyError: Ray is not installed.  StorageError: the cluster does not answer, or a task is lost for good.
+        MissingDependencyError: Ray is not installed.  StorageError: the cluster does not answer or loses tasks.
     """
     ray = _connect_ray(workers, ray_address)
     try:
@@ -239,6 +241,9 @@ def run_ray(
                 outcome, steps = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, MedaugError) else error from None
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                yield number, _lost_for_good()
+                continue
             except ray.exceptions.RayError as error:
                 raise StorageError(
                     "worker-lost",

@@ -30,8 +30,11 @@ def dies_once(folder, number, advance):
     return number
 
 
-def always_dies(number, advance):
-    os.kill(os.getpid(), signal.SIGKILL)
+def one_always_dies(number, advance):
+    """Task 1 kills every process that takes it."""
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
 
 
 def fails(number, advance):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from executor_tasks import always_dies, dies_once, fails, square
+from executor_tasks import dies_once, fails, one_always_dies, square
 
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.arms import Arm
@@ -62,6 +63,10 @@ def test_refusals():
         check_executor("slurm", 1)
     with pytest.raises(ConfigError, match="at least 1"):
         check_executor("local", 0)
+    for name, workers in (("local", None), ("ray", 2)):
+        with pytest.raises(ConfigError, match="option-conflict.*--executor ray"):
+            check_executor(name, workers, "10.0.0.1:6379")
+    assert check_executor("ray", None, "10.0.0.1:6379") is EXECUTORS["ray"]
 
 
 def test_workers_do_every_task_once_each_on_its_core(tmp_path):
@@ -82,9 +87,17 @@ def test_the_task_of_a_killed_worker_is_done_again(tmp_path, executor, monkeypat
     assert steps == dict.fromkeys(range(4), 10)  # the steps of the lost attempt are taken back
 
 
-def test_what_is_lost_again_and_again_or_fails_stops_everything():
-    with pytest.raises(StorageError, match="worker-lost"):
-        run(always_dies, [0, 1], workers=2)
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_task_that_kills_every_worker_is_given_up_and_the_others_go_on(executor, monkeypatch):
+    if executor == "ray":
+        pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+    outcomes, _ = run(one_always_dies, [0, 1, 2], 2, executor)
+    assert outcomes[0] == 0 and outcomes[2] == 2
+    assert outcomes[1].code == "worker-lost" and "fewer --workers" in outcomes[1].reason
+
+
+def test_what_fails_stops_everything():
     with pytest.raises(StorageError, match="disk-full"):
         run(fails, [0, 1], workers=2)
 
@@ -126,12 +139,12 @@ def test_workers_do_not_outlive_their_driver(tmp_path, blow):
         assert message.count(b"Traceback") == 1 and b"KeyboardInterrupt" in message  # the driver's alone
 
 
-def grid(cohort, out, executor="local", workers=1, steps=6):
+def grid(cohort, out, executor="local", workers=1, steps=6, on_row=None):
     recipes = {
         name: grading_recipe("tiny", name, {"num_steps": steps, "evaluate_every": 3}) for name in ("simple_cnn", "test_resnet")
     }
     arms = [Arm("none"), Arm("cutmix", policy="cutmix")]
-    return run_benchmark(cohort, arms, list(recipes), [0, 1], recipes, out, executor=executor, workers=workers)
+    return run_benchmark(cohort, arms, list(recipes), [0, 1], recipes, out, executor=executor, workers=workers, on_row=on_row)
 
 
 def row_bytes(out):
@@ -211,6 +224,21 @@ def _until(condition, seconds=240):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_grid_whose_worker_is_killed_has_the_same_rows(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "real", size=32)
+    rows = grid(cohort, tmp_path / "whole", steps=30)
+    killed = []
+
+    def kill_one(row):
+        if not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    assert grid(cohort, tmp_path / "out", workers=2, steps=30, on_row=kill_one) == rows
+    assert killed and row_bytes(tmp_path / "out") == row_bytes(tmp_path / "whole")
 
 
 @pytest.mark.slow
