@@ -131,7 +131,7 @@ def judge(
         results = [family.overall.get(arm) for family in (none, control, views)]
         verdicts[arm] = {
             "verdict": verdict,
-            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], results, seeds, len(predictions.networks)),
+            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], other, results, seeds, len(predictions.networks)),
             "metric": metric,
             "opponents": asdict(other),
             "against_none": none.plain(arm),
@@ -215,6 +215,7 @@ def _sentence(
     arm: str,
     verdict: str,
     metric: str,
+    opponents: Opponents,
     results: Sequence[PairedDifference | None],
     seeds: Sequence[float],
     num_networks: int,
@@ -230,7 +231,10 @@ def _sentence(
         f"difference {none.difference:+.3f} (95 % interval {none.low:+.3f} to {none.high:+.3f})"
     )
     if control is not None and not math.isnan(control.difference):
-        text += f"; against repeated real images {control.difference:+.3f} ({control.low:+.3f} to {control.high:+.3f})"
+        own = (
+            "" if str(opponents.control).partition("@")[0] == CONTROL else f" of its own count and classes ({opponents.control})"
+        )
+        text += f"; against repeated real images{own} {control.difference:+.3f} ({control.low:+.3f} to {control.high:+.3f})"
     if views is not None and not math.isnan(views.difference):
         text += f"; against real images seen through the same weak view {views.difference:+.3f} ({views.low:+.3f} to {views.high:+.3f})"
     text += f"; mean over {num_networks} network(s) and {len(seeds)} seed(s)"

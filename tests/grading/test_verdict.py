@@ -56,6 +56,14 @@ def test_beating_none_but_not_the_control_is_no_evidence():
     assert verdicts["oversample"]["verdict"] == "helps"
 
 
+def test_a_control_of_its_own_is_named():
+    predictions = planted({"none": 0.6, "oversample": 0.6, "oversample-x": 0.7, "x": 0.7, "y": 0.7})
+    opponents = default_opponents(predictions.arms) | {"x": Opponents(control="oversample-x"), "oversample-x": Opponents()}
+    verdicts = judge(predictions, ordinal=False, opponents=opponents, num_resamples=100)
+    assert "against repeated real images of its own count and classes (oversample-x) " in verdicts["x"]["sentence"]
+    assert "of its own" not in verdicts["y"]["sentence"]
+
+
 def test_without_the_control_no_arm_is_said_to_help():
     scores = {"none": 0.6, "good": 0.9, "bad": 0.3}
     with_control = judge(planted(scores | {"oversample": 0.6}), ordinal=False, num_resamples=1000)
