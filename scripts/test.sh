@@ -15,7 +15,7 @@ if [ "$#" -eq 0 ]; then
     if [ "$cores" -ge 2 ]; then
         threads=$((cores / 2))
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}" MKL_NUM_THREADS="${MKL_NUM_THREADS:-$threads}"
-        set -- -n 2 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py, not by the number of tests
+        set -- -n 2 --durations=40 --dist loadfile --no-loadscope-reorder  # in the order of tests/conftest.py, not by the number of tests
     fi
 fi
 exec "$venv/bin/python" -m pytest "$@"
