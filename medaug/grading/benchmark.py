@@ -127,15 +127,15 @@ def _check_heads(arms: Sequence[Arm], recipes: Iterable[ClassifierRecipe], ordin
         ConfigError: `head-amst`, `head-nominal`.
     """
     recipes = list(recipes)
-    if not ordinal and any(recipe.head == "coral" for recipe in recipes):
-        raise ConfigError(
-            "head-nominal",
-            "The head coral learns thresholds between ordered classes, and these are not ordered; use --head linear.",
-        )
     trained = [arm.name for arm in arms if arm.amst is not None]
     if trained and any(recipe.head != "linear" for recipe in recipes):
         raise ConfigError(
             "head-amst", f"Arm {', '.join(trained)} trains by AMST, whose heads are linear; leave out the arm or the other head."
+        )
+    if not ordinal and any(recipe.head == "coral" for recipe in recipes):
+        raise ConfigError(
+            "head-nominal",
+            "The head coral learns thresholds between ordered classes, and these are not ordered; use --head linear.",
         )
 
 
