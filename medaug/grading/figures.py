@@ -74,7 +74,7 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
     differences.axvline(0, color="black", linewidth=0.8)
     differences.set(
         xlabel=f"{label}: arm − {BASELINE}, 95 % interval",
-        title="Differences (thin: over test groups; thick: all networks, luck of training too)",
+        title="Differences\nthin: over test groups; thick: all networks, luck of training too",
     )
     for axis in (scores, differences):
         axis.grid(axis="x", alpha=0.3)

@@ -18,7 +18,7 @@ from medaug.grading.figures import confusion_figure, png
 from medaug.grading.tables import number, table_rows
 from medaug.results.page import write_page
 from medaug.results.samples import samples_png
-from medaug.results.sources import read_study
+from medaug.results.sources import is_page, read_study
 
 CLASSES = ("one", "two", "three")
 WARNED = "Leak indicator: High: patients probably cross the split."
@@ -248,6 +248,23 @@ def test_a_page_that_lacks_something_is_refused(page: Path, tmp_path: Path, name
     with pytest.raises(DataError) as caught:
         write_page(tmp_path / "page", tmp_path / "again")
     assert caught.value.code == code
+
+
+PAGES = sorted(path for path in (Path(__file__).parents[2] / "docs" / "results").iterdir() if is_page(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("committed", PAGES, ids=[path.name for path in PAGES])
+def test_a_committed_page_is_what_its_rows_say(committed: Path, tmp_path: Path) -> None:
+    """Pictures, and the report that holds them, have other bytes with another matplotlib; everything else is the same."""
+    write_page(committed, tmp_path / "page", unfinished=True)
+    pictures = {".png", ".html"}
+    known, made = (
+        {name: data for name, data in contents(folder).items() if Path(name).suffix not in pictures}
+        for folder in (committed, tmp_path / "page")
+    )
+    assert made == known and "README.md" in known
+    assert set(contents(tmp_path / "page")) == set(contents(committed))
 
 
 @pytest.mark.parametrize("name", ["chest_ct_4class", "cxr_pneumonia_mixing"])
