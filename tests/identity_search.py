@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import io
 import re
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 ENCODINGS = ("utf-8", "latin-1", "utf-16-le", "utf-16-be", "utf-32-le")
+START = 4  # bytes; every pattern has as many
 
 
 class IdentitySearch:
@@ -29,7 +34,7 @@ class IdentitySearch:
 
     Attributes:
         found: (place, secret) of every hit.
-        looked_at: number of byte strings searched, unpacked ones included.
+        looked_at: number of byte strings seen, unpacked ones included; of equal ones the first is searched.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -43,9 +48,13 @@ class IdentitySearch:
                         self.patterns[form.encode(encoding).lower()] = secret
                     except UnicodeEncodeError:
                         continue
-        # One pass for all patterns; longer ones first.
-        ordered = sorted(self.patterns, key=lambda pattern: (-len(pattern), pattern))
-        self._expression = re.compile(b"|".join(map(re.escape, ordered)))
+        self._by_start: dict[bytes, list[bytes]] = defaultdict(list)
+        self._first, self._second = np.zeros(1 << 16, bool), np.zeros(1 << 16, bool)
+        for pattern in self.patterns:
+            assert len(pattern) >= START, pattern
+            self._by_start[pattern[:START]].append(pattern)
+            self._first[int.from_bytes(pattern[:2], "big")] = self._second[int.from_bytes(pattern[2:4], "big")] = True
+        self._searched: set[tuple[bytes, int]] = set()
         self.found: list[tuple[str, str]] = []
         self.looked_at = 0
 
@@ -63,12 +72,26 @@ class IdentitySearch:
     def data(self, data: bytes, place: str, depth: int = 0) -> None:
         """Bytes as they are, and unpacked if they are gzip, zip, PNG, zlib, or hold base64."""
         self.looked_at += 1
-        for match in self._expression.finditer(data.lower()):
-            self.found.append((place, self.patterns[match.group()]))
+        content = (hashlib.sha256(data).digest(), depth)
+        if content in self._searched:  # tracking keeps a second copy of most files
+            return
+        self._searched.add(content)
+        lowered = data.lower()
+        for position in self._starts(lowered):
+            for pattern in self._by_start.get(lowered[position : position + START], ()):
+                if lowered.startswith(pattern, position):
+                    self.found.append((place, self.patterns[pattern]))
         if depth >= 3:
             return
         for name, inner in _inside(data):
             self.data(inner, f"{place}/{name}", depth + 1)
+
+    def _starts(self, data: bytes) -> list[int]:
+        """Where a pattern may begin: two tables of byte pairs leave few places of a file for the dictionary of the first four bytes."""
+        values = np.frombuffer(data, np.uint8).astype(np.uint16)
+        pairs = values[:-1] << 8 | values[1:]
+        found: list[int] = np.flatnonzero(self._first[pairs[:-2]] & self._second[pairs[2:]]).tolist()
+        return found
 
 
 def _inside(data: bytes) -> Iterable[tuple[str, bytes]]:
