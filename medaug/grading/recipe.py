@@ -34,7 +34,7 @@ _PRETRAINED_RATE = 1e-4  # ten times below that of a network from scratch
 
 # profile -> network (or "default") -> fields of ClassifierRecipe that differ from the profile's default.
 GRADING_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {DEFAULT: {"num_steps": 30, "batch_size": 16, "evaluate_every": 15, "learning_rate": 3e-3}},
+    "tiny": {DEFAULT: {"num_steps": 12, "batch_size": 16, "evaluate_every": 6, "learning_rate": 3e-3}},
     "quickstart": {
         DEFAULT: {"num_steps": 100, "evaluate_every": 25},
         "simple_cnn": {"num_steps": 200, "batch_size": 32, "evaluate_every": 40, "learning_rate": 3e-3},

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai_run import run_from
 from random_run import DIFFUSION, World
 from tiny_run import BACKBONE, randomised
 
@@ -412,22 +410,13 @@ def test_evaluation_measures_fresh_images(world: World, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_monai_runs_the_bundle_from_another_folder(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
     make_cohort(tmp_path / "cohort")
-    shared = {"dataset_dir": "cohort", "tracking#enabled": "False", "device_name": "cpu"}
-    stages: dict[str, dict[str, str]] = {
-        "training": {
-            "output_dir": "run",
-            "max_epochs": "1",
-            "epoch_length": "2",
-            "batch_size": "4",
-            "network_settings#backbone_options": str(BACKBONE),
-        },
-        "generating": {"run_dir": "run", "output_dir": "synthetic", "counts": "[1,1,1]", "guidance_scale": "2.0"},
+    shared = {"dataset_dir": "cohort", "tracking#enabled": False, "device_name": "cpu"}
+    small = {"max_epochs": 1, "epoch_length": 2, "batch_size": 4, "network_settings#backbone_options": BACKBONE}
+    stages: dict[str, dict[str, Any]] = {
+        "training": small | {"output_dir": "run"},
+        "generating": {"run_dir": "run", "output_dir": "synthetic", "counts": [1, 1, 1], "guidance_scale": 2.0},
     }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BUNDLE.parent.parent)}
     for stage, own in stages.items():
-        files = [str(BUNDLE / "configs" / STAGES[stage]), str(assets.profile_path("tiny"))]
-        command = [sys.executable, "-m", "monai.bundle", "run", stage, "--config_file", str(files)]
-        command += [word for name, value in (shared | own).items() for word in (f"--{name}", value)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        files = [BUNDLE / "configs" / STAGES[stage], assets.profile_path("tiny")]
+        run_from(tmp_path, stage, files, **shared | own)
     assert read_synthetic(tmp_path / "synthetic").class_counts("training") == [1, 1, 1]

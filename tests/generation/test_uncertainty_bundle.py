@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 import torch
 import yaml
 from guided_world import QUIET, new_classifier_run, new_guided_run
+from monai_run import run_from
 from random_run import DIFFUSION, World
 from tiny_run import BACKBONE
 
@@ -612,31 +610,25 @@ def test_the_experiment_makes_every_arm_on_shared_weights(make_cohort: Callable[
 @pytest.mark.integration
 def test_monai_runs_every_overlay_from_another_folder(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
     make_cohort(tmp_path / "cohort")
-    common = {"dataset_dir": "cohort", "tracking#enabled": "False", "device_name": "cpu"}
-    small = {"max_epochs": "1", "epoch_length": "2", "batch_size": "4", "network_settings#backbone_options": str(BACKBONE)}
-    runs: list[tuple[str, list[str], dict[str, str]]] = [
-        ("training", ["train"], small | {"output_dir": "run"}),
-        (
-            "training",
-            ["train", "classifier"],
-            small | {"output_dir": "run/classifier", "classifier_settings": str(SMALL_CLASSIFIER)},
-        ),
-        (
-            "generating",
-            ["inference"],
-            {"run_dir": "run", "output_dir": "first", "counts": "[1, 1, 1]", "guidance_settings#guidance": TERM_TEXT},
-        ),
-        ("generating", ["inference", "disturbance"], {"run_dir": "run", "output_dir": "second", "source": "first"}),
-    ]
+    common = {"dataset_dir": "cohort", "tracking#enabled": False, "device_name": "cpu"}
+    small = {"max_epochs": 1, "epoch_length": 2, "batch_size": 4, "network_settings#backbone_options": BACKBONE}
+    classifier = small | {"output_dir": "run/classifier", "classifier_settings": SMALL_CLASSIFIER}
+    generated = {
+        "run_dir": "run",
+        "output_dir": "first",
+        "counts": [1, 1, 1],
+        "guidance_settings#guidance": yaml.safe_load(TERM_TEXT),
+    }
     (tmp_path / "own.yaml").write_text(f"+disturbance_settings:\n  guidance: {TERM_TEXT}\n")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BUNDLE.parent.parent)}
-    for stage, names, own in runs:
-        files = [*(str(BUNDLE / "configs" / f"{name}.yaml") for name in names), str(assets.profile_path("tiny"))]
-        files += ["own.yaml"] if "disturbance" in names else []
-        command = [sys.executable, "-m", "monai.bundle", "run", stage]
-        command += [word for name, value in ({"config_file": str(files)} | common | own).items() for word in (f"--{name}", value)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+    train, classify, infer, disturb = (
+        BUNDLE / "configs" / f"{name}.yaml" for name in ("train", "classifier", "inference", "disturbance")
+    )
+    tiny = assets.profile_path("tiny")
+    run_from(tmp_path, "training", [train, tiny], **common | small | {"output_dir": "run"})
+    run_from(tmp_path, "training", [train, classify, tiny], **common | classifier)
+    run_from(tmp_path, "generating", [infer, tiny], **common | generated)
+    files = [infer, disturb, tiny, "own.yaml"]
+    run_from(tmp_path, "generating", files, **common | {"run_dir": "run", "output_dir": "second", "source": "first"})
     assert read_run(tmp_path / "run" / "classifier").iterations == 2
     assert len(read_cohort(tmp_path / "second").training) == 3
     for name in ("first", "second"):

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from executor_tasks import dies_once, fails, one_always_dies, square
+from typer.testing import CliRunner
 
+from medaug.cli.options import app
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.arms import Arm
 from medaug.grading.benchmark import run_benchmark
@@ -182,19 +184,22 @@ def test_ten_networks_on_the_phantom_have_the_same_rows_from_both_executors(tmp_
 
 
 def _medaug(words):
-    """Run the command; its summary."""
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{words[words.index('--out') + 1]}.db"}
-    command = [sys.executable, "-m", "medaug", *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Run the command in this process; its summary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{words[words.index('--out') + 1]}.db")
+        done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output[-2000:]
     return json.loads(done.stdout) if "--json" in words else None
 
 
-def _start(cohort, out, workers):
+def _stopped_grid(cohort, out, workers):
     words = ["grade", "--cohort", cohort, "--out", out, "--arm", "none", "--arm", "cutmix", "--networks", "simple_cnn"]
-    words += ["--seeds", "3", "--profile", "tiny", "--workers", str(workers)]
+    return [*words, "--seeds", "6", "--profile", "tiny", "--workers", str(workers)]
+
+
+def _start(cohort, out, workers):
     environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{out}.db"}
-    command = [sys.executable, "-m", "medaug", *map(str, words)]
+    command = [sys.executable, "-m", "medaug", *map(str, _stopped_grid(cohort, out, workers))]
     return subprocess.Popen(
         command,
         env=environment,
@@ -241,15 +246,23 @@ def test_a_grid_whose_worker_is_killed_has_the_same_rows(tmp_path, make_cohort):
     assert killed and row_bytes(tmp_path / "out") == row_bytes(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def whole_grid(tmp_path_factory, make_cohort):
+    """A folder with a cohort, `real`, and its grid that ran through, `whole`."""
+    folder = tmp_path_factory.mktemp("grid")
+    make_cohort(folder / "real", size=32)
+    _medaug(_stopped_grid(folder / "real", folder / "whole", 1))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_grid_goes_on_to_the_same_rows_and_leaves_no_process(tmp_path, make_cohort, blow):
-    make_cohort(tmp_path / "real", size=32)
-    reference = _start(tmp_path / "real", tmp_path / "whole", 1)
-    running = _start(tmp_path / "real", tmp_path / "out", 2)
-    _until(lambda: len(list((tmp_path / "out").glob("rows/*.json"))) >= 1 or running.poll() is not None)
+def test_a_stopped_grid_goes_on_to_the_same_rows_and_leaves_no_process(tmp_path, whole_grid, blow):
+    real, out = whole_grid / "real", tmp_path / "out"
+    running = _start(real, out, 2)
+    _until(lambda: len(list(out.glob("rows/*.json"))) >= 1 or running.poll() is not None)
     if blow == signal.SIGINT:
         os.killpg(running.pid, signal.SIGINT)  # as the terminal does
     else:
@@ -259,7 +272,6 @@ def test_a_stopped_grid_goes_on_to_the_same_rows_and_leaves_no_process(tmp_path,
     _until(lambda: not _members(running.pid), 30)
     if blow == signal.SIGINT:
         assert b"run the same command again" in message and b"Traceback" not in message
-    assert not list((tmp_path / "out" / "rows").glob(".*")) and len(row_bytes(tmp_path / "out")) < 6
-    again = _start(tmp_path / "real", tmp_path / "out", 2)
-    assert again.wait() == 0 and reference.wait() == 0
-    assert row_bytes(tmp_path / "out") == row_bytes(tmp_path / "whole")
+    assert not list((out / "rows").glob(".*")) and len(row_bytes(out)) < 12
+    _medaug(_stopped_grid(real, out, 2))
+    assert row_bytes(out) == row_bytes(whole_grid / "whole")
