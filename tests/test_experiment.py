@@ -15,6 +15,7 @@ from medaug import experiment
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.cells_figure import cells_figure, cells_png
+from medaug.grading.recipe import grading_recipe
 from medaug.intake import build
 from medaug.io.raster import write_unit_png
 
@@ -187,7 +188,7 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
     result = experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out")
     assert [line["arm"] for line in result["table"]] == cells
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")  # the file is table.yaml
-    assert {row["num_steps"] for row in result["rows"]} == {30}
+    assert {row["num_steps"] for row in result["rows"]} == {grading_recipe("tiny", "simple_cnn").num_steps}
     sizes = {row["arm"]: row["num_training"] for row in json.loads((tmp_path / "out" / "rows.json").read_text())}
     real = len(read_cohort(tmp_path / "cohort").training)
     half = sizes["orig50+vflip"] // 2
