@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "tracking_uri", "track"]
 
 EXPERIMENT = "medaug"
+SHOWN_SIDE = 768  # pixels of the longer side
 UPLOAD_SECONDS = 60.0  # at the end of a run: longest wait for one file
 
 
@@ -132,12 +133,17 @@ class Run:
         self._send(prepare)
 
     def log_image(self, image: np.ndarray, key: str, step: int = 0) -> None:
-        """A unit image, (H, W) or (H, W, 3) in [0, 1], shown by step in the run's image grid."""
+        """A unit image, (H, W) or (H, W, 3) in [0, 1], shown by step in the run's image grid.
+
+        Small ones are enlarged by a whole number to `SHOWN_SIDE` pixels or less: the user interface shows them pixel by pixel.
+        """
 
         def prepare() -> Call:
             import numpy as np
 
             pixels = np.rint(np.nan_to_num(np.asarray(image, dtype=np.float32)).clip(0, 1) * 255).astype(np.uint8)
+            times = max(1, SHOWN_SIDE // max(pixels.shape[:2]))
+            pixels = pixels.repeat(times, axis=0).repeat(times, axis=1)
             return lambda session: session.client.log_image(session.run_id, pixels, key=_key(key, colon=False), step=int(step))
 
         self._send(prepare)

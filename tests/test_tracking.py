@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from medaug import delivery
 from medaug.errors import DataError
@@ -77,7 +78,11 @@ def test_records_reach_the_run(store, client, make_cohort, tmp_path):
     assert data.data.tags["medaug.stage"] == "gate" and "everything" in data.data.tags["mlflow.note.content"]
     assert {"acceptance.json", "config.yaml", "note.txt", "images", "model"} <= set(files_of(client, run_id))
     images = files_of(client, run_id, "images")
-    assert any(path.startswith("images/samples~class 0+step+3+") and path.endswith(".png") for path in images)
+    shown, *_ = [path for path in images if path.startswith("images/samples~class 0+step+3+") and path.endswith(".png")]
+    with Image.open(client.download_artifacts(run_id, shown)) as opened:  # enlarged without new grey levels
+        pixels = np.asarray(opened)
+    assert pixels.shape == (768, 768) and np.array_equal(pixels[::96, ::96], pixels[48::96, 48::96])
+    assert pixels[0, 0] == 0 and pixels[-1, -1] == 255 and len(np.unique(pixels)) == 64
     assert "/home" not in Path(client.download_artifacts(run_id, "config.yaml")).read_text()
     (entry,) = data.inputs.dataset_inputs
     assert entry.dataset.digest == cohort.content_sha256[:36]

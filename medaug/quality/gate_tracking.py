@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from medaug.tracking import Run
 
 SHEETS = "gate/real accepted quarantined rejected"  # one step per class, in the cohort's order
-SHOWN_SIDE = 96  # pixels; the user interface shows a picture no larger than it is
 
 __all__ = ["SHEETS", "log_gate", "reason_rows"]
 
@@ -58,9 +57,8 @@ def log_gate(run: Run | None, context: GateContext, verdicts: Sequence[Verdict],
     run.log_table(summary["acceptance"], "gate_acceptance")
     run.log_table(reason_rows(verdicts, classes), "gate_reasons")
     run.log_table([{**row, "reasons": " ".join(row["reasons"])} for row in summary["verdicts"]], "gate_verdicts")
-    scale = max(1, SHOWN_SIDE // context.cohort.image_size)
     for step, sheet in enumerate(class_sheets(context.cohort, context.synthetic, summary["verdicts"])):
-        run.log_image(sheet.repeat(scale, axis=0).repeat(scale, axis=1), SHEETS, step)
+        run.log_image(sheet, SHEETS, step)
     if (figure := distance_figure(summary)) is not None:
         run.log_figure(figure, FIGURE_NAME)
     run.log_artifact(out / REPORT_NAME)

@@ -47,7 +47,7 @@ class TrainingSession:
         seed: first part of every key.
         checkpoint_every: epochs between checkpoints; 0 is only at the end.
         preview: draws a sheet of samples of the averaged network beside their references.
-        preview_every: epochs between previews; 0 is never.
+        preview_every: epochs between previews, the first before training and one at the end; 0 is never.
         measure: figures of the averaged network; the first decides which one is kept, if the state has a `best`.
         measure_every: epochs between measurements; 0 is never, and the last network is kept.
         tracking: keyword arguments of `medaug.tracking.track`.
@@ -136,6 +136,8 @@ class TrainingSession:
         if epoch >= state.max_epochs:
             state.iteration = iteration
             return
+        if iteration == 0 and distributed.is_main():
+            self._show(run, 0)  # the start to compare with; and MLflow opens the samples at step 0
         shown = progress("training", total, completed=iteration) if distributed.is_main() else nullcontext(lambda steps: None)
         with shown as advance, distributed.joined_batch():
             means = EpochMeans()
@@ -152,16 +154,22 @@ class TrainingSession:
         if not distributed.is_main():
             return
         last = epoch == engine.state.max_epochs
-        if self.preview is not None and self.preview_every and (last or epoch % self.preview_every == 0):
-            from medaug.io.raster import write_unit_png
-
-            sheet = self.preview(self.state.ema.network)
-            write_unit_png(Path(self.output_dir) / "samples" / f"epoch_{epoch:04d}.png", sheet)
-            run.log_image(sheet, "samples", step=epoch)
+        if last or (self.preview_every and epoch % self.preview_every == 0):
+            self._show(run, epoch)
         self._measure(run, epoch, iteration, last)
         if last or (self.checkpoint_every and epoch % self.checkpoint_every == 0):
             path = Path(self.output_dir) / "checkpoint" / FILE_NAME
             save_checkpoint(path, self.state, epoch=epoch, iteration=iteration, config_sha256=record.config_sha256)
+
+    def _show(self, run: Run, epoch: int) -> None:
+        """The sheet of samples after so many epochs, as a file and in MLflow."""
+        if self.preview is None or not self.preview_every:
+            return
+        from medaug.io.raster import write_unit_png
+
+        sheet = self.preview(self.state.ema.network)
+        write_unit_png(Path(self.output_dir) / "samples" / f"epoch_{epoch:04d}.png", sheet)
+        run.log_image(sheet, "samples", step=epoch)
 
     def _measure(self, run: Run, epoch: int, iteration: int, last: bool) -> None:
         """Measure the averaged network when it is time, and keep it if it is the best."""

@@ -75,6 +75,8 @@ def test_rare_checkpoints_and_sample_sheets_change_nothing(
             train(cohort, tmp_path / "killed", checkpoint_every=2, preview_every=1, more=NO_REFERENCE)
     train(cohort, tmp_path / "killed", checkpoint_every=0, preview_every=3, more=NO_REFERENCE)
     assert sha(tmp_path / "killed") == sha(tmp_path / "whole")
+    names = sorted(path.name for path in (tmp_path / "killed" / "samples").iterdir())
+    assert names == [f"epoch_{epoch:04d}.png" for epoch in range(4)]  # the first before training, and not again when it goes on
     sheet = read_unit_png(tmp_path / "killed" / "samples" / "epoch_0003.png")
     assert sheet.shape == (3 * 2 * 16, 8 * 16)  # per class references and samples
 
