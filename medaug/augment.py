@@ -28,7 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "first_attempts": 1.5,  # images generated per image wanted before the first look at the gate
     "allow_short": False,  # go on when a class misses its quota
     "overlay": None,  # overlay of the bundle for generating; null: the one its inference.yaml names, if any
-    "filter": {},  # fields of the filter's recipe
+    "filter_network": "simple_cnn",  # confirms the labels
+    "filter": {},  # fields of its recipe
     "grading_profile": "paper",
     "networks": ["simple_cnn", "resnet18"],
     "seeds": 3,
@@ -151,6 +152,7 @@ class _Job:
             self.cohort_dir,
             self.out / "accepted",
             threshold=self.settings["gate_threshold"],
+            network=self.settings["filter_network"],
             filter_recipe=self.settings["filter"],
             seed=self.seed,
             quotas=quota,

@@ -25,7 +25,7 @@ EXTENDS = "extends"
 KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "shared", "rows", "cells")
 MAPPINGS = ("training", "generating", "gate", "feedback")  # a row's own values are laid over the shared ones key by key
 ROW_KEYS = ("name", "bundle", "overlay", *MAPPINGS, "trainer")
-GATE_KEYS = ("checks", "threshold", "filter_recipe", "calibrate", "label", "amst")
+GATE_KEYS = ("checks", "threshold", "network", "filter_recipe", "calibrate", "label", "amst")
 GRADING: dict[str, Any] = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
 GRADING_KEYS = (*GRADING, "synthetic_per_real", "allocation", "real_fraction", "amst", "overrides")
 

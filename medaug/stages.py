@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from medaug.quality.gate_config import CheckSpec
     from medaug.training.classifier import ClassifierRecipe
 
+LABEL_NETWORK = "simple_cnn"
+AS_A_FILTER = {
+    "policy": "weak",
+    "class_balanced": True,
+}  # rare classes count as much; shifts keep it from learning single images by heart
+
 
 def take_in(options: IntakeOptions, *, tracking: Mapping[str, Any] | None = None) -> IntakeResult:
     """`medaug intake`: make a cohort, tracked with its tables and pictures. See `run_intake`."""
@@ -50,6 +56,7 @@ def gate_synthetic(
     *,
     checks: Sequence[CheckSpec] | None = None,
     threshold: float | None = None,
+    network: str = LABEL_NETWORK,
     filter_recipe: Mapping[str, Any] | None = None,
     calibrate: bool = False,
     label: str = "filter",
@@ -70,7 +77,8 @@ def gate_synthetic(
         checks: names, or mappings of a name to its settings, as a gate's file lists them; None: the default ones. An empty list turns
             away unreadable and empty images alone.
         threshold: least confidence of the pseudo-label; None: what `checks` say, else 0.8.
-        filter_recipe: fields of `ClassifierRecipe` that differ from the filter's default.
+        network: the one that must confirm the label, a name of `medaug.networks.grading`; with label "amst" the backbone of the heads.
+        filter_recipe: fields of `ClassifierRecipe` that differ from `label_recipe` of that network.
         calibrate: apply the filter's temperature, fitted on validation, before the threshold.
         label: "filter" or "amst", see `run_gate`.
         amst: fields of `AmstRecipe` that differ from its default.
@@ -80,16 +88,17 @@ def gate_synthetic(
     """
     from medaug.quality.gate import DEFAULT_CHECKS, run_gate
     from medaug.quality.gate_config import plan_checks, take_threshold
-    from medaug.quality.pseudo_label import PAPER_THRESHOLD, default_recipe
+    from medaug.quality.pseudo_label import PAPER_THRESHOLD
     from medaug.training.amst_recipe import amst_recipe
 
     specs, least = take_threshold(list(DEFAULT_CHECKS if checks is None else checks), threshold)
     threshold = PAPER_THRESHOLD if least is None else least
     names = [check.name for check in plan_checks(specs)]
-    recipe = change(default_recipe(), filter_recipe or {})
+    recipe = change(label_recipe(network), filter_recipe or {})
     heads = amst_recipe("amst", amst) if label == "amst" else None
     settings = {"checks": names, "threshold": threshold, "seed": seed, "label": label}
     settings |= {"calibrate": True} if calibrate else {}
+    settings |= {"network": network} if network != LABEL_NETWORK else {}
     with track("gate", name=f"gate {storage.sha256_json(settings)[:8]}", **tracking or {"enabled": False}) as run:
         run.log_params(settings)
         return run_gate(
@@ -100,6 +109,7 @@ def gate_synthetic(
             threshold=threshold,
             quotas=quotas,
             recipe=recipe,
+            network=network,
             calibrate=calibrate,
             label=label,
             amst=heads,
@@ -115,11 +125,19 @@ def gate_synthetic(
         )
 
 
+def label_recipe(network: str) -> ClassifierRecipe:
+    """How a network that confirms labels is trained: `default_recipe`, or for another than the usual one as a grader of profile cpu32."""
+    from medaug.grading.recipe import grading_recipe
+    from medaug.quality.pseudo_label import default_recipe
+
+    return default_recipe() if network == LABEL_NETWORK else grading_recipe("cpu32", network, AS_A_FILTER)
+
+
 def check_labels(
     cohort: Path,
     out: Path,
     *,
-    network: str = "simple_cnn",
+    network: str = LABEL_NETWORK,
     folds: int = 5,
     synthetic: Path | None = None,
     profile: str = "cpu32",
@@ -129,8 +147,7 @@ def check_labels(
     from medaug.grading.recipe import grading_recipe
     from medaug.quality.labels import run_labels
 
-    # As the label filter is trained: rare classes count as much, and shifts keep it from learning single images by heart.
-    recipe = grading_recipe(profile, network, {"policy": "weak", "class_balanced": True})
+    recipe = grading_recipe(profile, network, AS_A_FILTER)
     return run_labels(
         cohort, out, recipe=recipe, network=network, num_folds=folds, seed=seed, synthetic_dir=synthetic, progress=progress
     )

@@ -117,6 +117,12 @@ def gate(
     label: Annotated[
         str, typer.Option(help="filter: a CNN must confirm the label; amst: heads that agree give the label.")
     ] = "filter",
+    network: Annotated[
+        str,
+        typer.Option(
+            help="Network that confirms the label, one of `medaug grade --networks`; gate.json says how often it is right."
+        ),
+    ] = "simple_cnn",
     weights: Annotated[Path | None, typer.Option(help="Checkpoint that the backbone of --label amst starts from.")] = None,
     weights_trusted: Annotated[
         bool, typer.Option("--weights-trusted", help="Your word that these weights saw no held-out image.")
@@ -145,6 +151,7 @@ def gate(
         out,
         checks=_checks(checks, gate_file),
         threshold=threshold,
+        network=network,
         calibrate=calibrate,
         label=label,
         weights=weights,
