@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from medaug.training.classifier import ClassifierRecipe
 
 LABEL_NETWORK = "simple_cnn"
-AS_A_FILTER = {
-    "policy": "weak",
-    "class_balanced": True,
-}  # rare classes count as much; shifts keep it from learning single images by heart
+# Rare classes count as much; shifts keep it from learning single images by heart.
+AS_A_FILTER = {"policy": "weak", "class_balanced": True}
 
 
 def take_in(options: IntakeOptions, *, tracking: Mapping[str, Any] | None = None) -> IntakeResult:

@@ -228,6 +228,7 @@ def test_tables_and_sheets_are_tracked(gate):
         ({"checks": ["unknown"]}, "one of usable, pseudo_label, copies"),
         ({"threshold": 1.5}, "in \\[0, 1\\]"),
         ({"quotas": {"class9": 1}}, "class9"),
+        ({"network": "simple_cmm"}, "simple_cmm"),
         ({"quotas": [1, 2]}, "per class \\(3\\)"),
     ],
 )
