@@ -68,6 +68,7 @@ def run_augment(
     settings, stages = split_overrides(bundle, profile, dict(overrides or {}), DEFAULTS)
     if allow_short is not None:
         settings["allow_short"] = allow_short
+    read_cohort(Path(cohort_dir))  # refused before anything is written
     command = _command(bundle, profile, overrides or {}, settings["allow_short"], seed)
     job = _Job(
         bundle, Path(cohort_dir), Path(out), profile, settings, stages, seed, dict(tracking or {"enabled": False}), command

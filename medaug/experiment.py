@@ -239,7 +239,8 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
         interval = "" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
         score = "" if line["score"] is None else f"{line['score']:.3f} ± {line['spread']:.3f}"
         cells = [line["arm"], *(number(line[key]) for key in FACTS), score]
-        cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or ""]
+        nothing = "not graded: no image was accepted" if line["score"] is None else ""
+        cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or nothing]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
         [*lines, "", "Mean and spread over networks and seeds; the interval covers the test groups and the luck of training.", ""]

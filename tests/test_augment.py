@@ -113,3 +113,9 @@ def test_next_count_never_shrinks_a_plan_nor_passes_the_limit(accepted: int, mad
     count = augment.next_count(min(accepted, made), made, wanted, limit)
     assert made <= count <= limit
     assert (count == made) == (min(accepted, made) >= wanted or more == 0)
+
+
+def test_a_cohort_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cohort-missing"):
+        augment.run_augment("guided_ddpm", tmp_path / "nowhere", tmp_path / "out", profile="tiny")
+    assert not (tmp_path / "out").exists()

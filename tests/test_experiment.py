@@ -154,7 +154,7 @@ def test_the_table_takes_its_figures_from_the_rows() -> None:
     assert (a["score"], a["spread"]) == (pytest.approx(0.8), pytest.approx(0.1))
     lines = experiment.table_lines(rows, verdict, {"a": {"accepted": 6}, "b": {"generated": 9, "accepted": 0}})
     assert (lines[-1]["arm"], lines[-1]["accepted"], lines[-1]["score"]) == ("b", 0, None)
-    assert "| b | 9 | 0 |  |  |  |  |  |" in experiment.markdown("Title", lines)
+    assert "| b | 9 | 0 |  |  |  |  | not graded: no image was accepted |" in experiment.markdown("Title", lines)
     ratios = [{**row, "arm": f"a@{ratio}"} for ratio in (1, 2) for row in rows if row["arm"] == "a"]
     assert [line["accepted"] for line in experiment.table_lines(ratios, {}, {"a": {"accepted": 6}})] == [6, 6]
     text = experiment.markdown("Title", [none, a])

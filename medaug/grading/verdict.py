@@ -226,6 +226,8 @@ def _sentence(
     if math.isnan(none.difference):
         return f"{arm}: no evidence; {metric} is undefined on this test split."
     opening = {"helps": "helps", "harms": "harms", "no evidence": "shows no evidence of help or harm"}[verdict]
+    if len(seeds) < FEWEST_SEEDS:
+        opening = "has too few seeds for a verdict"
     text = (
         f"{arm} {opening}: {metric} {none.score_a:.3f} against {none.score_b:.3f} without augmentation, "
         f"difference {none.difference:+.3f} (95 % interval {none.low:+.3f} to {none.high:+.3f})"

@@ -247,7 +247,9 @@ def _reading_notes(options: IntakeOptions, found: Scan, table: Table, suspects: 
         )
     if found.has_splits and options.split is not None:
         notes.append("The source's own splits were replaced, because --split was given.")
-    if any(item.kind == "nifti" for item in found.items):
+    if empty := found.ignored["empty-folder"]:
+        notes.append(f"{empty} folder(s) of the source are empty; if one names a class, its images did not arrive.")
+    if options.dimensions == 2 and options.slices == "every" and any(item.kind == "nifti" for item in found.items):
         notes.append("Every slice of a NIfTI volume takes the label of its volume.")
     suspected = sum(suspects.by_action.values())
     if suspected:

@@ -82,7 +82,7 @@ def key_path(chosen: Path | None) -> Path:
     return root / "medaug" / "pseudonym.key"
 
 
-def check_outside(path: Path, folders: Iterable[Path], what: str) -> Path:
+def check_outside(path: Path, folders: Iterable[Path], what: str, option: str) -> Path:
     """The path with its links resolved.
 
     Raises:
@@ -92,7 +92,7 @@ def check_outside(path: Path, folders: Iterable[Path], what: str) -> Path:
     if any(real.is_relative_to(folder.resolve()) for folder in folders):
         raise ConfigError(
             "secret-inside",
-            f"The {what} must lie outside the source and every output, which may be handed on; name another path.",
+            f"The {what} must lie outside the source and every output, which may be handed on; name another path with {option}.",
         )
     return real
 

@@ -145,9 +145,12 @@ class IntakeOptions:
         keep = None if self.keep_dicom is None else self._outside(Path(self.keep_dicom), source, out)
         # What may be handed on must not hold the key or the mapping.
         written = [out, *([keep] if keep else [])]
-        public = [source if source.is_dir() else source.parent, *written, *map(partial_folder, written)]
-        key = check_outside(key_path(self.pseudonym_key), public, "pseudonym key")
-        mapping = None if self.mapping is None else check_outside(self.mapping, public, "mapping table")
+        handed_on = (
+            source if source.is_dir() or source.suffix.lower() == ".npz" else source.parent
+        )  # a list names files beside it
+        public = [handed_on, *written, *map(partial_folder, written)]
+        key = check_outside(key_path(self.pseudonym_key), public, "pseudonym key", "--pseudonym-key")
+        mapping = None if self.mapping is None else check_outside(self.mapping, public, "mapping table", "--mapping")
         changed = {"source": source, "out": out, "labels": labels, "pseudonym_key": key, "mapping": mapping, "keep_dicom": keep}
         return IntakeOptions(**{**self.__dict__, **changed})
 

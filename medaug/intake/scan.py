@@ -193,6 +193,8 @@ def _walk(root: Path, skipped: set[Path], ignored: Counter[str]) -> Iterator[Pat
             else:
                 kept.append(name)
         names[:] = kept
+        if not kept and not files:
+            ignored["empty-folder"] += 1
         for name in sorted(files):
             path = Path(folder, name)
             total += 1

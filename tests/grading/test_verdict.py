@@ -132,7 +132,11 @@ def test_seeds_that_disagree_are_named():
     for network in predictions.networks:
         better, worse = (probabilities(predictions.target, accuracy, 1) for accuracy in (0.95, 0.4))
         predictions.probs["x", network] = np.stack([better, worse])
-    assert "seeds disagree on the sign" in judge(predictions, ordinal=False, num_resamples=50)["x"]["sentence"]
+    sentence = judge(predictions, ordinal=False, num_resamples=50)["x"]["sentence"]
+    assert "seeds disagree on the sign" in sentence
+    assert sentence.startswith(
+        "x has too few seeds for a verdict: balanced accuracy "
+    )  # no word on evidence beside an interval that may speak
 
 
 def test_refusals():

@@ -320,11 +320,13 @@ def test_content_decides_and_clutter_is_ignored(tmp_path):
     (source / "a" / "Thumbs.db").write_bytes(b"x")
     (source / "a" / "Maria_Huber").write_bytes(b"no image")
     save(tmp_path / "outside.png", picture(9))
+    (source / "c" / "d").mkdir(parents=True)
     (source / "b" / "link.png").symlink_to(tmp_path / "outside.png")
     (source / "b" / "loop").symlink_to(source)
     result = take(source, tmp_path / "out")
     assert result.counts["used"] == 16
-    assert result.counts["ignored"] == {"hidden-or-system": 3, "link-outside-source": 1, "linked-folder": 1}
+    assert result.counts["ignored"] == {"empty-folder": 1, "hidden-or-system": 3, "link-outside-source": 1, "linked-folder": 1}
+    assert any(note.startswith("1 folder(s) of the source are empty") for note in result.notes)
     assert result.counts["quarantine"] == {"not-an-image": 1} and result.quarantine[0]["file"].startswith("sha256:")
 
 

@@ -68,6 +68,16 @@ def test_where_the_key_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert key_path(None) == tmp_path / "home" / ".config" / "medaug" / "pseudonym.key"
 
 
+def test_an_archive_is_handed_on_alone_and_a_list_with_its_folder(tmp_path: Path) -> None:
+    """An archive that was downloaded into the home folder, where the key is too."""
+    for name in ("archive.npz", "list.json"):
+        (tmp_path / name).touch()
+    key = tmp_path / ".config" / "key"
+    assert IntakeOptions(tmp_path / "archive.npz", tmp_path / "out", pseudonym_key=key).checked().pseudonym_key == key.resolve()
+    with pytest.raises(ConfigError, match="another path with --pseudonym-key"):
+        IntakeOptions(tmp_path / "list.json", tmp_path / "out", pseudonym_key=key).checked()
+
+
 @pytest.mark.parametrize("option", ["pseudonym_key", "mapping"])
 @pytest.mark.parametrize("folder", ["in", "out", "copies", "link"])
 def test_secrets_inside_a_source_or_output_are_refused(tmp_path: Path, option: str, folder: str) -> None:
@@ -77,7 +87,7 @@ def test_secrets_inside_a_source_or_output_are_refused(tmp_path: Path, option: s
     options = IntakeOptions(tmp_path / "in", tmp_path / "out", keep_dicom=tmp_path / "copies", **wanted)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="secret-inside"):
         options.checked()
-    assert check_outside(tmp_path / "elsewhere", [tmp_path / "in"], "key") == (tmp_path / "elsewhere").resolve()
+    assert check_outside(tmp_path / "elsewhere", [tmp_path / "in"], "key", "--key") == (tmp_path / "elsewhere").resolve()
 
 
 def test_mapping_is_private_and_grows(tmp_path: Path) -> None:
