@@ -69,10 +69,15 @@ class Delivery(threading.Thread):
     # Called by the work.
 
     def put(self, call: Call, patience: float) -> None:
-        """Queue a record; waits once for a place in a full queue, then drops until there is one."""
+        """Queue a record; waits once for a place in a full queue, then drops until there is one.
+
+        A burst of records at the start, such as the rows of a benchmark that goes on, first waits for the store to be open.
+        """
         if self._given_up:
             self.dropped += 1
             return
+        if self._queue.full():
+            self.session()
         try:
             self._queue.put((call, patience), block=not self._stuck, timeout=QUEUE_SECONDS)
             self._stuck = False

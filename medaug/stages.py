@@ -191,7 +191,7 @@ def grade_arms(
     """
     from medaug.grading.command import grade_command
     from medaug.grading.grade import grade
-    from medaug.grading.report import CURVES, FIGURES, TABLES
+    from medaug.grading.report import CLASSES, CURVES, FIGURES, TABLES
 
     names = (
         networks
@@ -249,7 +249,7 @@ def grade_arms(
         run.log_dict(result["verdict"], "verdict.json")
         run.log_metrics({f"{arm}/difference": entry["against_none"]["difference"] for arm, entry in result["verdict"].items()})
         run.log_dict({"failed": result["failed"]}, "failed.json")
-        for file in ("report.html", CURVES, *FIGURES, *TABLES):
+        for file in ("report.html", CURVES, CLASSES, *FIGURES, *TABLES):
             if (out / file).is_file():
                 run.log_artifact(out / file)
         return result

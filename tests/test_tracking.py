@@ -167,6 +167,17 @@ def work(run: Run) -> float:
     return time.monotonic() - start
 
 
+def test_a_burst_of_records_waits_for_a_new_store(tmp_path, monkeypatch):
+    """A benchmark that goes on hands over its finished rows at once, while MLflow still makes the tables of a new database."""
+    monkeypatch.setattr(delivery, "QUEUE_SIZE", 8)
+    monkeypatch.setattr(delivery, "QUEUE_SECONDS", 0.2)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with track("benchmark", name="resumed", uri=uri) as run:
+        for cell in range(24):
+            run.log_child(f"cell {cell}", f"sha{cell}", params={}, metrics={"test/auc": 0.5})
+    assert run.dropped == 0
+
+
 def test_locked_database_neither_stops_nor_delays(store, caplog, monkeypatch):
     monkeypatch.setattr(delivery, "PATIENCE_SECONDS", 1.5)
     caplog.set_level(logging.WARNING)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from medaug.cohort import SPLITS, Case
 from medaug.evidence.records import Records
-from medaug.evidence.shown import counted, figure, listed
+from medaug.evidence.shown import counted, figure, listed, unknown_patients
 
 _WORD = re.compile(r"[A-Za-z0-9_ ]{1,24}")
 _KEYS = {
@@ -97,9 +97,8 @@ def split_level(records: Records) -> str | None:
     words = {"patient": "by patient", "column": "by the group column of the label table", "automatic": "by similarity of pixels"}
     how = ", ".join(f"{counted(int(count), 'image')} {words[name]}" for name, count in origins.items() if name in words)
     grouped = f" Groups were formed: {how}." if how else ""
-    unknown = int(origins.get("automatic", 0)) if origins else sum(not case.patient for case in real.cases())
-    if unknown:
-        grouped += f" For {counted(unknown, 'image')} no patient is known, so splits could share patients unnoticed."
+    doubt = unknown_patients(origins or {"automatic": sum(not case.patient for case in real.cases())})
+    grouped += f" {doubt}" if doubt else ""
     return f"Splits are disjoint by group (a patient, or images too alike to part); no group is in two splits.{grouped}"
 
 
@@ -116,7 +115,17 @@ def split_assignment(records: Records) -> str | None:
         if {"config_sha256", "seed"} <= set(made)
         else ""
     )
-    return f"No group is in two splits; they hold {shares} of the images.{by}"
+    return f"No group is in two splits; they hold {shares} of the images. {_split_origin(real.notes.get('drawn_splits'))}{by}"
+
+
+def _split_origin(drawn: Sequence[str] | None) -> str:
+    """Who drew the splits; `drawn` are those that intake drew, None where an earlier version did not say."""
+    if drawn is None:
+        return "Whether they are the source's own or were drawn by intake is not recorded."
+    if "training" in drawn:
+        return "They were drawn by chance, group by group."
+    own = f", but for {listed(drawn)}, drawn by chance from its training groups" if drawn else ""
+    return f"They are the source's own{own}; how it drew them is not recorded."
 
 
 def taken_in(records: Records) -> str | None:

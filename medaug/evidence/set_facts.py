@@ -49,11 +49,13 @@ def generator(records: Records) -> str | None:
 
 
 def model(records: Records) -> str | None:
-    """The generator's network and process, from its run."""
+    """The generator's network and process, from its run; that of a GAN is two networks."""
     run = records.run
     if run is None:
         return None
-    parts = {name: run["settings"].get(name) for name in ("network", "diffusion") if run["settings"].get(name)}
+    parts = {name: run["settings"][name] for name in ("network", "diffusion", "generator", "critic") if run["settings"].get(name)}
+    if not parts:
+        return None
     return f"Bundle {run['bundle']}, {run['image_size']} px, {counted(run['channels'], 'channel')}; {settings(parts)}."
 
 

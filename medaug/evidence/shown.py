@@ -11,7 +11,7 @@ HIDDEN = "(not shown)"
 NOT_RECORDED = "not recorded"
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
-__all__ = ["HIDDEN", "NOT_RECORDED", "counted", "figure", "listed", "markdown", "settings", "table"]
+__all__ = ["HIDDEN", "NOT_RECORDED", "counted", "figure", "listed", "markdown", "settings", "table", "unknown_patients"]
 
 
 def markdown(text: str) -> str:
@@ -34,6 +34,23 @@ def counted(number: int, noun: str) -> str:
 def listed(names: Iterable[object]) -> str:
     """Names with commas between them."""
     return ", ".join(map(str, names))
+
+
+def unknown_patients(origins: Mapping[str, int]) -> str | None:
+    """What follows from images without a known patient, None without any.
+
+    Args:
+        origins: what images were grouped by -> how many: `patient`, `column`, `automatic`.
+    """
+    by_column, unknown = origins.get("column", 0), origins.get("column", 0) + origins.get("automatic", 0)
+    if not unknown:
+        return None
+    text = (
+        f"For {counted(unknown, 'image')} no patient is known, so splits could share patients unnoticed; and where a patient has several "
+        "groups, intervals, which resample groups, are too narrow."
+    )
+    own = f" The groups of {counted(by_column, 'image')} are those of a column of the label table, which may be other than patients."
+    return text + (own if by_column else "")
 
 
 def figure(value: float | None, *, signed: bool = False) -> str:

@@ -56,11 +56,24 @@ def usable_cores() -> list[int]:
 
 
 def _attempt(task: Task, number: int, advance: Callable[[int], None]) -> Outcome:
-    """The outcome of one task; a setting that does not suit it is a `Failure`, everything else stops the comparison."""
+    """The outcome of one task; a setting that does not suit it, or too little memory, is a `Failure`, everything else stops all."""
     try:
         return task(number, advance)
     except ConfigError as error:
         return Failure(error.code, error.message)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        return Failure(
+            "memory-exhausted", "there is not enough memory to train it; give it a smaller batch, or run fewer --workers."
+        )
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """True for what Python, and PyTorch on CPU ("can't allocate memory") and GPU ("CUDA out of memory"), raise."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ("not enough memory", "allocate memory", "out of memory")
+    )
 
 
 def run_local(task: Task, numbers: Sequence[int], *, workers: int, advance: Advance, **_: Any) -> Iterator[tuple[int, Outcome]]:

@@ -108,7 +108,11 @@ def forest_figure(verdict: Mapping[str, Any], metric: str) -> Figure:
             line[1].text(0.5, 0.5, f"no control for {arm}", ha="center", transform=line[1].transAxes, color="#57606a")
     last = len(networks)
     panels[0][0].set(ylim=(last + 0.6, -0.6), yticks=range(last + 1), yticklabels=[*networks, "all networks"])
-    figure.supxlabel(f"difference in {METRIC_LABELS[metric]} on the test split, 95 % interval", fontsize=10)
+    figure.supxlabel(
+        f"difference in {METRIC_LABELS[metric]} on the test split with its 95 % interval\n"
+        "of one network: over test groups alone; of all networks: the luck of training too",
+        fontsize=10,
+    )
     return figure
 
 

@@ -41,6 +41,13 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
             notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients.")
         if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, name, trusted=True):
             notes.append(f"Nothing shows that the teacher of arm {name} never saw the test patients.")
+        known = str(cohort.intensity.get("kind", ""))
+        kinds = {str(source.cohort.intensity.get("kind", "")) for source in arm.added()} - {known, ""}
+        if known and kinds:
+            notes.append(
+                f"The images of arm {name} were scaled in another way ({', '.join(sorted(kinds))}) than the real ones ({known}), so the "
+                "same grey value need not mean the same."
+            )
         if any((case.lineage or {}).get("weights_trusted") for case in given):
             notes.append(f"The labels of arm {name} come from a network that began from weights of unknown origin.")
         if any((case.lineage or {}).get("generator_trusted") for case in given):

@@ -1,4 +1,4 @@
-"""Rows and verdict as files people read: rows.csv, table.csv, table.md, table.tex, curves.csv, pictures, report.html."""
+"""Rows and verdict as files people read: rows.csv, table.csv, table.md, table.tex, classes.csv, curves.csv, pictures, report.html."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from medaug.grading.graded_data import GradedData
 from medaug.grading.record import GradingRecord
 from medaug.grading.rows import Row, summary_of
 from medaug.grading.statistics import NO_ORDER
-from medaug.grading.tables import METRICS, interval, latex_table, markdown_table, number, table_rows, won
+from medaug.grading.tables import METRICS, class_rows, interval, latex_table, markdown_table, number, table_rows, won
 from medaug.grading.verdict import METRIC_LABELS, primary_metric
 
 PLOT_NAME = "comparison.png"
 # Written only where there is something to show; a picture of an earlier run with other arms does not stay behind.
 FIGURES = (PLOT_NAME, "forest.png", "mixing.png", "learning.png", "confusion.png")
 TABLES = ("table.md", "table.tex", "table.csv", "rows.csv")
-CURVES = "curves.csv"
+CURVES, CLASSES = "curves.csv", "classes.csv"
 
-__all__ = ["CURVES", "FIGURES", "PLOT_NAME", "TABLES", "write_report"]
+__all__ = ["CLASSES", "CURVES", "FIGURES", "PLOT_NAME", "TABLES", "write_report"]
 
 
 def write_report(
@@ -56,10 +56,12 @@ def write_report(
     storage.write_csv(out / "table.csv", table, list(table[0]))
     storage.write_text(out / "table.md", markdown_table(table, metric))
     storage.write_text(out / "table.tex", latex_table(table, metric))
-    if points:
-        storage.write_csv(out / CURVES, points, list(points[0]))
-    else:
-        (out / CURVES).unlink(missing_ok=True)
+    by_class = class_rows(verdict, record.data.classes, record.data.splits["test"]["per_class"])
+    for name, lines in ((CURVES, points), (CLASSES, by_class)):
+        if lines:
+            storage.write_csv(out / name, lines, list(lines[0]))
+        else:
+            (out / name).unlink(missing_ok=True)
     plots = {
         name: png(figure) for name, figure in _figures(record.data, rows, verdict, points, metric).items() if figure is not None
     }
@@ -68,7 +70,7 @@ def write_report(
             storage.write_bytes(out / name, plots[name])
         else:
             (out / name).unlink(missing_ok=True)
-    storage.write_text(out / "report.html", _html(record, rows, table, verdict, metric, plots, points))
+    storage.write_text(out / "report.html", _html(record, rows, table, by_class, verdict, metric, plots, points))
     return list(plots)
 
 
@@ -104,6 +106,7 @@ def _html(
     record: GradingRecord,
     rows: Sequence[Row],
     table: Sequence[Mapping[str, Any]],
+    by_class: Sequence[Mapping[str, Any]],
     verdict: Mapping[str, Any],
     metric: str,
     plots: Mapping[str, bytes],
@@ -125,6 +128,7 @@ def _html(
         verdict=verdict,
         colours=VERDICT_COLOURS,
         table=table,
+        by_class=by_class,
         metric=metric,
         metric_label=METRIC_LABELS[metric],
         metrics=[name for name in METRICS if any(line[name] is not None for line in table)],

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from medaug.grading.statistics import TIE_DECIMALS, PairedDifference, bootstrap_scores, compare_scores, with_training_luck
+from medaug.grading.statistics import (
+    TIE_DECIMALS,
+    PairedDifference,
+    bootstrap_recalls,
+    bootstrap_scores,
+    compare_scores,
+    with_training_luck,
+)
 
 __all__ = ["Predictions", "Scores", "score_cells"]
 
@@ -48,6 +55,8 @@ class Scores:
         pooled: arm -> (1 + R,), mean over networks.
         by_seed: arm -> S values on the test set, mean over networks.
         num_groups: of the test set.
+        recalls: arm -> (1 + R, K) recall of every class, mean over networks and seeds.
+        recalls_by_seed: arm -> (S, K) on the test set, mean over networks.
     """
 
     metric: str
@@ -55,6 +64,8 @@ class Scores:
     pooled: Mapping[str, np.ndarray]
     by_seed: Mapping[str, Sequence[float]]
     num_groups: int
+    recalls: Mapping[str, np.ndarray] = field(default_factory=dict)
+    recalls_by_seed: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def seed_differences(self, arm: str, other: str) -> list[float]:
         """Arm minus other for each seed: how much a verdict owes to chance in training."""
@@ -70,6 +81,15 @@ class Scores:
         """Arm minus other for each network; the intervals cover the choice of test groups alone."""
         networks = dict.fromkeys(network for _, network in self.cells)
         return {network: compare_scores(self.cells[arm, network], self.cells[other, network]) for network in networks}
+
+    def compare_classes(self, arm: str, other: str) -> list[PairedDifference]:
+        """Arm minus other in the recall of each class over all networks; the intervals cover what those of `compare` do."""
+        ours, theirs = self.recalls[arm], self.recalls[other]
+        seeds = np.round(self.recalls_by_seed[arm] - self.recalls_by_seed[other], TIE_DECIMALS)
+        return [
+            with_training_luck(compare_scores(ours[:, index], theirs[:, index]), list(seeds[:, index]), self.num_groups)
+            for index in range(ours.shape[1])
+        ]
 
     def interval(self, arm: str) -> tuple[float, float, float]:
         """The arm's score over all networks and its 95 % percentile interval over the test groups; NaN where it is undefined."""
@@ -91,6 +111,14 @@ def score_cells(predictions: Predictions, metric: str, *, num_resamples: int = 1
         runs = np.stack([predictions.probs[arm, network][index] for network in networks])
         return float(bootstrap_scores(target, groups, runs, metric, num_resamples=0)[0])
 
+    def recalls(runs: Sequence[np.ndarray], resamples: int) -> np.ndarray:
+        return bootstrap_recalls(target, groups, np.stack(runs), num_resamples=resamples, seed=seed)
+
+    runs = {arm: [predictions.probs[arm, network] for network in networks] for arm in predictions.arms}
     num_seeds = len(next(iter(predictions.probs.values())))
     by_seed = {arm: [of_seed(arm, index) for index in range(num_seeds)] for arm in predictions.arms}
-    return Scores(metric, cells, pooled, by_seed, len(set(groups)))
+    by_class = {arm: recalls(list(np.concatenate(own)), num_resamples) for arm, own in runs.items()}
+    by_class_and_seed = {
+        arm: np.stack([recalls([one[index] for one in own], 0)[0] for index in range(num_seeds)]) for arm, own in runs.items()
+    }
+    return Scores(metric, cells, pooled, by_seed, len(set(groups)), by_class, by_class_and_seed)

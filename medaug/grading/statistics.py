@@ -7,7 +7,7 @@ and becomes None with a reason in `classification_metrics`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "PairedDifference",
     "accuracy",
     "balanced_accuracy",
+    "bootstrap_recalls",
     "bootstrap_scores",
     "classification_metrics",
     "compare_scores",
@@ -217,13 +218,38 @@ def bootstrap_scores(
     target = _checked(target, probs[0])[0]
     names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     score = _scorer(target, member, probs, metric, len(names))
-    chunk = max(1, _CHUNK_ELEMENTS // max(len(target), len(names)))
-    scores = [score(np.ones((1, len(names))))]
-    generator = numpy_generator("bootstrap", seed, len(names))
+    return np.concatenate([score(drawn) for drawn in _multiplicities(len(names), len(target), num_resamples, seed)])
+
+
+def bootstrap_recalls(
+    target: np.ndarray, groups: Sequence[str], probs: np.ndarray, *, num_resamples: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """The recall of every class on the test set and on the resamples of `bootstrap_scores`, averaged over the runs.
+
+    Args:
+        target: (N,).  groups: (N,).  probs: (S, N, K).
+
+    Returns:
+        (1 + num_resamples, K): entry 0 is the test set itself; NaN where a class is absent.
+    """
+    probs = np.asarray(probs, dtype=float)
+    target = _checked(target, probs[0])[0]
+    names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    support, hits = np.zeros((2, len(names), probs.shape[2]))
+    np.add.at(support, (member, target), 1)
+    np.add.at(hits, (member, target), (probs.argmax(2) == target).mean(0))
+    drawn = _multiplicities(len(names), len(target), num_resamples, seed)
+    return np.concatenate([_ratio(weights @ hits, weights @ support) for weights in drawn])
+
+
+def _multiplicities(num_groups: int, num_cases: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """(R, G) how often each group is drawn: first once each, which is the test set itself, then the resamples in chunks."""
+    yield np.ones((1, num_groups))
+    chunk = max(1, _CHUNK_ELEMENTS // max(num_cases, num_groups))
+    generator = numpy_generator("bootstrap", seed, num_groups)
     for start in range(0, num_resamples, chunk):
         size = min(chunk, num_resamples - start)
-        scores.append(score(generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=size).astype(float)))
-    return np.concatenate(scores)
+        yield generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=size).astype(float)
 
 
 def _scorer(

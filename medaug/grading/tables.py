@@ -13,13 +13,29 @@ from medaug.grading.verdict import METRIC_LABELS
 
 METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "auc", "quadratic_kappa", "grade_mae", "ece")
 ALL = "all"  # in the place of a network's name
+# What a table's numbers are, for its caption.
+_KEY = (
+    "Mean ± standard deviation over seeds.",
+    "Intervals of one network are over test groups alone and hold its runs fixed; those of all networks cover the luck of training too.",
+)
 _ONE_PAGE = 45  # lines of a LaTeX table that fit on it
 # Names are letters, digits and a few signs, but classes and metrics may come from anywhere.
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
     sign: f"\\{sign}" for sign in "&%$#_{}"
 }
 
-__all__ = ["ALL", "METRICS", "interval", "latex_escape", "latex_table", "markdown_table", "number", "table_rows", "won"]
+__all__ = [
+    "ALL",
+    "METRICS",
+    "class_rows",
+    "interval",
+    "latex_escape",
+    "latex_table",
+    "markdown_table",
+    "number",
+    "table_rows",
+    "won",
+]
 
 
 def table_rows(rows: Sequence[Row], verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -66,6 +82,25 @@ def _wins(network: str, entry: Mapping[str, Any] | None) -> dict[str, int | None
     return {"won": sum(value > 0 for value in known) if known else None, "num_networks": len(known) or None}
 
 
+def class_rows(verdict: Mapping[str, Any], classes: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One line per arm and class: the recall, that of `none`, and the differences to `none` and the control with their intervals.
+
+    Args:
+        verdict: of `judge`.  classes: names.  counts: test images of each.
+    """
+    lines = []
+    for arm, entry in verdict.items():
+        for name, images, found in zip(classes, counts, entry.get("per_class", ()), strict=False):
+            none, control = found["against_none"], found["against_control"] or {}
+            line = {"arm": arm, "class": name, "images": images, "recall": none["score_a"], "recall_none": none["score_b"]}
+            for key, result in (("difference", none), ("control_difference", control)):
+                line |= {key: result.get("difference")} | {
+                    f"{key}_{part}": result.get(part) for part in ("low", "high", "p_value")
+                }
+            lines.append(line)
+    return lines
+
+
 def _of_seed(runs: Sequence[Row], seed: int, split: str, metric: str) -> float | None:
     """The mean over networks; None where one of them has no value."""
     values = [run[split]["metrics"][metric] if run[split] else None for run in runs if run["seed"] == seed]
@@ -94,7 +129,7 @@ def markdown_table(table: Sequence[Mapping[str, Any]], metric: str) -> str:
         values += [number(line[f"validation_{metric}"], line[f"validation_{metric}_std"])]
         values += [number(line[name], line[f"{name}_std"]) for name in others]
         lines.append("| " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_KEY]) + "\n"
 
 
 def number(mean: float | None, spread: float | None) -> str:
@@ -124,7 +159,12 @@ def latex_table(table: Sequence[Mapping[str, Any]], metric: str) -> str:
     head = ["Arm", "Network", "Images", METRIC_LABELS[metric].capitalize(), r"$\Delta$ to none", r"$\Delta$ to repeats", "Won"]
     environment = "tabular" if len(table) <= _ONE_PAGE else "longtable"
     packages = "booktabs" if environment == "tabular" else "booktabs,longtable"
-    lines = [f"% \\usepackage{{{packages}}}", f"\\begin{{{environment}}}{{@{{}}llrcccc@{{}}}}", r"\toprule"]
+    lines = [
+        f"% \\usepackage{{{packages}}}",
+        *(f"% {line}" for line in _KEY),
+        f"\\begin{{{environment}}}{{@{{}}llrcccc@{{}}}}",
+        r"\toprule",
+    ]
     lines.append(" & ".join(head) + r" \\")
     before = None
     for line in table:

@@ -108,7 +108,7 @@ def judge(
     Returns:
         arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, opponents, against_none, against_control and
         against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control),
-        seed_differences, per_network and per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm),
+        seed_differences, per_class (class by class), per_network and per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm),
         validation_difference, warnings.
     """
     metric = primary_metric(ordinal)
@@ -138,6 +138,7 @@ def judge(
             "against_control": control.plain(arm),
             "against_views": views.plain(arm),
             "seed_differences": [_none_if_nan(value) for value in seeds],
+            "per_class": _per_class(scores, arm, other),
             "per_network": none.plain_networks(arm),
             "per_network_control": control.plain_networks(arm),
             "wilcoxon": none.wilcoxon[arm],
@@ -178,6 +179,18 @@ def _comparison(scores: Scores, opponents: Mapping[str, str]) -> _Family:
     adjusted = holm({arm: 1.0 if rank["p_value"] is None else rank["p_value"] for arm, rank in ranks.items()})
     wilcoxon = {arm: rank | {"p_holm": None if rank["p_value"] is None else adjusted[arm]} for arm, rank in ranks.items()}
     return _Family(overall, holm({arm: result.p_value for arm, result in overall.items()}), networks, wilcoxon)
+
+
+def _per_class(scores: Scores, arm: str, other: Opponents) -> list[dict[str, Any]]:
+    """Recall of every class against plain training and the control; no verdict rests on it. Empty where it was not scored."""
+    if arm not in scores.recalls:
+        return []
+    none = scores.compare_classes(arm, other.baseline)
+    control = scores.compare_classes(arm, other.control) if other.control else [None] * len(none)
+    return [
+        {"against_none": _plain(one), "against_control": _plain(two) if two is not None else None}
+        for one, two in zip(none, control, strict=True)
+    ]
 
 
 def _above(family: _Family, arm: str) -> bool:

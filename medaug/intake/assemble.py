@@ -35,6 +35,7 @@ class Assembly:
         records: the images that stay, each with label, group, patient and split.
         classes: ordered class names.
         leak: see `leak.leak_indicator`.
+        drawn_splits: the splits that were drawn here; the others are the source's own.
         groups: how groups were found: number, origin, largest, threshold ...
         neighbour_distances: of the images that were grouped automatically.
         agreement: between readers, see `readers.agreement`.
@@ -44,6 +45,7 @@ class Assembly:
     records: list[Record]
     classes: Classes
     leak: dict[str, Any] = field(default_factory=dict)
+    drawn_splits: list[str] = field(default_factory=list)
     groups: dict[str, Any] = field(default_factory=dict)
     neighbour_distances: np.ndarray = field(default_factory=lambda: np.zeros(0))
     agreement: dict[str, Any] = field(default_factory=dict)
@@ -243,6 +245,7 @@ def _split(result: Assembly, options: IntakeOptions, keeps_splits: bool, quarant
         _keep_splits(result, options.seed, quarantine)
     else:
         _assign(result.records, options.split or DEFAULT_RATIOS, options.seed)
+        result.drawn_splits.extend(SPLITS)
     for label, name in enumerate(result.classes.names):
         present = {record.split for record in result.records if record.label == label}
         if "training" not in present:
@@ -285,6 +288,7 @@ def _keep_splits(result: Assembly, seed: int, quarantine: Quarantine) -> None:
     for missing, ratios in (("validation", (0.875, 0.125, 0.0)), ("test", (0.8, 0.0, 0.2))):
         if missing not in present:
             _assign([record for record in kept if record.split == "training"], ratios, seed)
+            result.drawn_splits.append(missing)
             result.notes.append(
                 f"The source has no {missing} split: {ratios[1] + ratios[2]:.1%} of its training groups were taken for it."
             )

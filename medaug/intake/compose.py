@@ -42,7 +42,7 @@ def compose(options: IntakeOptions, source: str, assembly: Assembly, folder: Pat
         intensity=intensity,
         created_by=created_by("intake", options.config(), options.seed),
         source=f"sha256:{source}",
-        notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups}
+        notes={"leak": assembly.leak, "intake": assembly.notes, "groups": assembly.groups, "drawn_splits": assembly.drawn_splits}
         | _key_note(records, pseudonyms)
         | text_note(records, options),
     )

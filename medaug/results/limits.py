@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medaug.evidence.shown import counted, listed
+from medaug.evidence.shown import counted, listed, unknown_patients
 from medaug.grading.record import GradingRecord
 from medaug.grading.rows import Row
 from medaug.grading.verdict import FEW_GROUPS, FEWEST_SEEDS, METRIC_LABELS
@@ -50,10 +50,7 @@ def _test_split(outcome: Outcome) -> str:
 
 
 def _patients(outcome: Outcome) -> str | None:
-    unknown = outcome.record.data.group_origins.get("automatic", 0)
-    if not unknown:
-        return None
-    return f"For {counted(unknown, 'image')} no patient is known, so splits could share patients unnoticed."
+    return unknown_patients(outcome.record.data.group_origins)
 
 
 def _runs(outcome: Outcome) -> str:

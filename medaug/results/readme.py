@@ -10,7 +10,7 @@ from typing import Any
 from medaug.cohort import SPLITS
 from medaug.evidence.shown import counted, figure, listed, markdown
 from medaug.grading.record import CellName, GradingRecord
-from medaug.grading.tables import ALL, number, table_rows
+from medaug.grading.tables import ALL, class_rows, interval, number, table_rows
 from medaug.grading.verdict import BASELINE, METRIC_LABELS, primary_metric
 from medaug.results.limits import Outcome, limits
 from medaug.results.study import Study
@@ -70,6 +70,8 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         acceptance=_acceptance(record),
         made=[line for line in facts.get("made") or () if line["generated"]],
         networks=_by_network(outcome),
+        recipe=_recipe(outcome),
+        classes=_by_class(outcome),
         limits=limits(outcome),
         notes=Ready(notes.strip()),
         ready=Ready,
@@ -228,6 +230,34 @@ def _acceptance(record: GradingRecord) -> list[list[Any]]:
         [listed(dict.fromkeys(arms)), name, generated, accepted, f"{accepted / generated:.0%}" if generated else "–"]
         for (name, generated, accepted, _), arms in found.items()
     ]
+
+
+def _by_class(outcome: Outcome) -> list[list[Any]]:
+    """Recall of every arm and class with its differences to none and to the control."""
+    data = outcome.record.data
+    return [
+        [line["arm"], line["class"], line["images"], figure(line["recall"]), figure(line["recall_none"])]
+        + [interval(line), interval(line, "control_difference")]
+        for line in class_rows(outcome.verdict, data.classes, data.splits["test"]["per_class"])
+    ]
+
+
+def _recipe(outcome: Outcome) -> str:
+    """How the networks were trained, the same in every arm; where they differ, the values with their networks."""
+    found: dict[str, dict[Any, list[str]]] = {}
+    for row in outcome.rows:
+        recipe = row["key"]["recipe"]
+        for name in ("num_steps", "batch_size", "learning_rate", "precision"):
+            networks = found.setdefault(name, {}).setdefault(recipe.get(name, "float32"), [])
+            networks += [row["network"]] if row["network"] not in networks else []
+    words = {"num_steps": "optimiser steps", "batch_size": "images in a batch", "learning_rate": "learning rate"}
+    parts = []
+    for name, values in found.items():
+        label = f" {words[name]}" if name in words else ""
+        usual = max(values, key=lambda value: len(values[value]))
+        others = [f"{value} for {listed(networks)}" for value, networks in values.items() if value != usual]
+        parts.append(f"{usual}{label}" + (f" ({'; '.join(others)})" if others else ""))
+    return f"Trained with, in every arm alike: {'; '.join(parts)}."
 
 
 def _by_network(outcome: Outcome) -> dict[str, Any]:

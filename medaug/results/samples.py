@@ -54,6 +54,8 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], [literal(name) for name in classes], fontsize=8)
         axis.set_xticks([])
+        for label in set(range(len(classes))) - {case.label for case in made.training}:
+            axis.text(0.02 * sheet.shape[1], step * (label + 0.5), "none accepted", va="center", fontsize=8, color="#57606a")
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)
     return png(figure)

@@ -72,6 +72,7 @@ def _real(root: Path) -> Cohort:
     notes = {
         "leak": LEAK,
         "groups": {"number": 10, "images_by_origin": {"patient": 20}},
+        "drawn_splits": ["training", "validation", "test"],
         "pseudonym_key": "f00dfeedbeefcafe",
         "burned_in": {"checked": True, "policy": "keep", "suspects": 1},
     }

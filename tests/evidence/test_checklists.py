@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def test_answers_hold_the_figures_of_the_benchmark(study: Study, tmp_path: Path)
     assert claim["12"] == "Nothing was imputed. Of 22 rows of labels 1 had no image, and 0 images had no row; both were left out."
     assert "kappa (quadratic weights) 0.250" in claim["18"]
     assert "training 60%, validation 20%, test 20%" in claim["19"] and "seed 3" in claim["19"]
+    assert "They were drawn by chance, group by group." in claim["19"]
     assert "guided (18 training images, 6 of them synthetic; augmentation none)" in claim["25"]
     assert "num_steps=30, batch_size=16, learning_rate=0.003" in claim["25"] and BLANK not in claim["25"]
     assert "steps 10 to 30" in claim["26"]
@@ -81,12 +83,48 @@ def test_without_a_benchmark_its_items_are_blank(study: Study, tmp_path: Path) -
         assert sum(without["checklists"][name].values()) == len(NUMBERS[name])
 
 
-def test_a_split_without_patients_says_so(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize("origin", ["automatic", "column"])
+def test_a_split_without_patients_says_so(study: Study, tmp_path: Path, origin: str) -> None:
     path = study.cohort / "cohort.json"
-    path.write_text(path.read_text().replace('"patient": 20', '"automatic": 20'))
+    path.write_text(path.read_text().replace('"patient": 20', f'"{origin}": 20'))
     write_evidence(study.cohort, tmp_path)
     claim = sections(tmp_path / "checklists.md")["CLAIM 2024"]
-    assert "For 20 images no patient is known, so splits could share patients unnoticed." in claim["20"]
+    assert "For 20 images no patient is known, so splits could share patients unnoticed" in claim["20"]
+    assert ("may be other than patients" in claim["20"]) == (origin == "column")
+
+
+@pytest.mark.parametrize(
+    "drawn, sentence",
+    [
+        ([], "They are the source's own; how it drew them is not recorded."),
+        (["validation"], "They are the source's own, but for validation, drawn by chance from its training groups; how it"),
+        (None, "Whether they are the source's own or were drawn by intake is not recorded."),
+    ],
+)
+def test_splits_that_the_source_gave_are_not_called_drawn(
+    study: Study, tmp_path: Path, drawn: list[str] | None, sentence: str
+) -> None:
+    path = study.cohort / "cohort.json"
+    content = json.loads(path.read_text())
+    content["notes"] |= {"drawn_splits": drawn}
+    path.write_text(json.dumps(content))
+    write_evidence(study.cohort, tmp_path)
+    assert sentence in sections(tmp_path / "checklists.md")["CLAIM 2024"]["19"].replace("&#x27;", "'")
+
+
+def test_a_gan_is_described_by_its_two_networks(study: Study, tmp_path: Path) -> None:
+    path = study.run / "run.json"
+    content = json.loads(path.read_text())
+    described = content["settings"] | {"generator": {"channels": [8, 16]}, "critic": {"channels": [4, 8]}}
+    del described["network"], described["diffusion"]
+    path.write_text(json.dumps(content | {"settings": described}))
+    write_evidence(study.accepted, tmp_path / "gan", **study.options)
+    answer = sections(tmp_path / "gan" / "checklists.md")["CLAIM 2024"]["22"].replace("\\", "")
+    assert "generator.channels=[8 16], critic.channels=[4 8]" in answer
+    del described["generator"], described["critic"]
+    path.write_text(json.dumps(content | {"settings": described}))
+    write_evidence(study.accepted, tmp_path / "none", **study.options)
+    assert BLANK in sections(tmp_path / "none" / "checklists.md")["CLAIM 2024"]["22"]
 
 
 def test_names_cannot_break_the_pages(study: Study, tmp_path: Path) -> None:

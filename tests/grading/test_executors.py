@@ -51,6 +51,18 @@ def test_one_worker_runs_here_and_goes_on_after_a_refusal():
         run(fails, [0])
 
 
+def out_of_memory(number, advance):
+    """Task 1 asks PyTorch for more memory than any machine has."""
+    return torch.zeros(10**16 if number == 1 else 1).item()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_task_that_does_not_fit_into_memory_is_named_and_the_others_go_on(workers):
+    outcomes, _ = run(out_of_memory, [0, 1, 2], workers)
+    assert outcomes[0] == outcomes[2] == 0
+    assert outcomes[1].code == "memory-exhausted" and "smaller batch" in outcomes[1].reason
+
+
 def test_one_thread_comes_back():
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -41,6 +41,14 @@ def test_makers_that_learned_from_more_than_the_fraction_are_named(tmp_path, mak
     assert arm_notes(real, [replace(part, synthetic=fair)]) == []
 
 
+def test_images_that_were_scaled_in_another_way_are_named(tmp_path, make_cohort, make_synthetic):
+    real = replace(make_cohort(tmp_path / "real"), intensity={"kind": "window_hu", "0": -1350, "1": 150})
+    synthetic = make_synthetic(real, tmp_path / "s", [2, 2, 2])
+    assert arm_notes(real, [arms.Arm("s", synthetic=replace(synthetic, intensity=real.intensity))]) == []
+    (note,) = arm_notes(real, [arms.Arm("s", synthetic=replace(synthetic, intensity={"kind": "percentile"}))])
+    assert "arm s were scaled in another way (percentile) than the real ones (window_hu)" in note
+
+
 def test_runs_of_different_versions_are_no_like_with_like(tmp_path):
     one = {
         "commit": None,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from medaug.grading.tables import latex_escape, latex_table, markdown_table, table_rows, won
+from medaug.grading.tables import class_rows, interval, latex_escape, latex_table, markdown_table, table_rows, won
 
 METRIC = "balanced_accuracy"
 
@@ -33,6 +33,20 @@ VERDICT = {
         "per_network_control": {"n_1": difference(0.05), "k": difference(-0.15)},
     }
 }  # fmt: skip
+
+
+def test_a_line_for_every_class():
+    found = {name: difference(value) | {"score_a": 0.6, "score_b": 0.5} for name, value in (("one", 0.1), ("two", 0.2))}
+    entry = {
+        "per_class": [
+            {"against_none": found["one"], "against_control": None},
+            {"against_none": found["two"], "against_control": found["one"]},
+        ]
+    }
+    first, second = class_rows({"a": entry}, ("x", "y"), (7, 9))
+    assert (first["arm"], first["class"], first["images"], first["recall"], first["recall_none"]) == ("a", "x", 7, 0.6, 0.5)
+    assert interval(first) == "+0.100 (+0.000 to +0.200)" and interval(first, "control_difference") == "–"
+    assert interval(second, "control_difference") == interval(first)
 
 
 def test_lines_of_networks_and_of_all():

@@ -102,6 +102,27 @@ def test_bootstrap_equals_resampling_the_cases_themselves(metric):
         assert score == pytest.approx(np.mean(singles), nan_ok=True)
 
 
+@given(st.integers(0, 10_000), st.integers(1, 3))
+@settings(deadline=None, max_examples=15)
+def test_recalls_are_those_of_scikit_learn_and_average_to_the_balanced_accuracy(seed, num_runs):
+    target, _ = predictions(seed)
+    probs = np.stack([predictions(seed + run)[1] for run in range(num_runs)])
+    groups = [f"g{index // 3}" for index in range(len(target))]
+    recalls = statistics.bootstrap_recalls(target, groups, probs, num_resamples=40, seed=3)
+    expected = [reference.recall_score(target, run.argmax(1), average=None, labels=range(4)) for run in probs]
+    assert recalls[0] == pytest.approx(np.mean(expected, axis=0))
+    scores = statistics.bootstrap_scores(target, groups, probs, "balanced_accuracy", num_resamples=40, seed=3)
+    complete = ~np.isnan(recalls).any(1)  # a resample may miss a class
+    assert recalls.shape == (41, 4) and complete[0]
+    assert recalls[complete].mean(1) == pytest.approx(scores[complete])
+
+
+def test_the_recall_of_an_absent_class_is_undefined():
+    target, probs = np.array([0, 0, 2]), np.eye(3)[[0, 1, 2]][None]
+    recalls = statistics.bootstrap_recalls(target, ["a", "b", "c"], probs, num_resamples=5)
+    assert recalls[0, [0, 2]].tolist() == [0.5, 1] and np.isnan(recalls[:, 1]).all()
+
+
 def test_bootstrap_is_decided_by_its_seed_and_antisymmetric():
     target, probs_a = predictions(1)
     probs_b = predictions(1, decimals=0)[1] + 0.01 * predictions(5)[1]

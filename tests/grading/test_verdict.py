@@ -49,6 +49,16 @@ def test_a_planted_effect_is_found_in_its_direction():
     assert verdicts["oversample"]["against_control"] is None
 
 
+def test_the_difference_is_the_mean_of_those_of_the_classes():
+    verdicts = judge(planted({"none": 0.7, "oversample": 0.7, "good": 0.85}), ordinal=False, num_resamples=500)
+    for against in ("against_none", "against_control"):
+        classes = [one[against] for one in verdicts["good"]["per_class"]]
+        assert len(classes) == NUM_CLASSES
+        assert np.mean([one["difference"] for one in classes]) == pytest.approx(verdicts["good"][against]["difference"])
+        assert all(one["low"] < one["difference"] < one["high"] for one in classes)
+    assert [one["against_control"] for one in verdicts["oversample"]["per_class"]] == [None] * NUM_CLASSES
+
+
 def test_beating_none_but_not_the_control_is_no_evidence():
     verdicts = judge(planted({"none": 0.6, "oversample": 0.8, "arm": 0.8}), ordinal=False, num_resamples=1000)
     assert verdicts["arm"]["against_none"]["low"] > 0

@@ -129,7 +129,9 @@ def test_splits_of_the_source_are_kept_unless_others_are_asked_for(tmp_path):
                 save(tmp_path / "in" / split / name / f"{index}.png", picture(number, label, index))
     kept = take(tmp_path / "in", tmp_path / "kept").cohort
     assert [len(kept.split(split)) for split in ("training", "validation", "test")] == [6, 6, 6]
+    assert kept.notes["drawn_splits"] == []
     fresh = take(tmp_path / "in", tmp_path / "fresh", split=(0.5, 0.25, 0.25)).cohort
+    assert fresh.notes["drawn_splits"] == ["training", "validation", "test"]
     assert len(fresh.training) != 6 or {case.id for case in fresh.training} != {case.id for case in kept.training}
 
 
@@ -141,6 +143,7 @@ def test_missing_validation_is_taken_from_training(tmp_path):
     result = take(tmp_path / "in", tmp_path / "out")
     assert len(result.cohort.test) == 24 and result.cohort.validation
     assert any("no validation split" in note for note in result.notes)
+    assert result.cohort.notes["drawn_splits"] == ["validation"]
 
 
 def test_group_across_fixed_splits_stays_in_test_only(tmp_path):

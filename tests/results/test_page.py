@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medaug import storage
@@ -88,6 +89,18 @@ def test_the_table_by_network_is_of_the_rows(page: Path) -> None:
     assert line.startswith(f"| resnet18 | {cells[0]} |") and f"| {cells[1]} (" in line
 
 
+def test_a_page_shows_every_class_and_how_the_networks_were_trained(page: Path) -> None:
+    text = (page / "README.md").read_text()
+    section = text.split("## By class")[1].split("##")[0]
+    lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| drawn |")]
+    assert len(lines) == 3 and lines[1][1] == r"\*star\* \_line\_"
+    runs = [row for row in read_study(page).rows if row["arm"] == "drawn"]
+    recall = np.mean([row["test"]["metrics"]["per_class"][1]["recall"] for row in runs])
+    assert float(lines[1][3]) == pytest.approx(recall, abs=5e-4)
+    assert "Trained with, in every arm alike: 3 optimiser steps; 8 images in a batch;" in text
+    assert "Share of each true class and, below it, the number of test images" in text
+
+
 def test_a_page_says_where_it_comes_from_and_what_it_does_not_show(page: Path, world: Path) -> None:
     text = (page / "README.md").read_text()
     assert WARNED in text and "For 36 images no patient is known" in text
@@ -109,7 +122,7 @@ def test_names_cannot_pose_as_markup(page: Path) -> None:
     assert r"| a\|b &lt;b&gt;bold&lt;/b&gt; |" in text and r"| \*star\* \_line\_ |" in text and r"| \`code\` \[x](y) |" in text
     assert "<b>bold" not in html and "<discs>" not in html
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} <= {5, 6}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} <= {5, 6, 8}
 
 
 def test_names_cannot_pose_as_formulas() -> None:
