@@ -250,13 +250,17 @@ def _recipe(outcome: Outcome) -> str:
         for name in ("num_steps", "batch_size", "learning_rate", "precision"):
             networks = found.setdefault(name, {}).setdefault(recipe.get(name, "float32"), [])
             networks += [row["network"]] if row["network"] not in networks else []
-    words = {"num_steps": "optimiser steps", "batch_size": "images in a batch", "learning_rate": "learning rate"}
+    words = {
+        "num_steps": "{} optimiser steps",
+        "batch_size": "{} images in a batch",
+        "learning_rate": "learning rate {}",
+        "precision": "{}",
+    }
     parts = []
     for name, values in found.items():
-        label = f" {words[name]}" if name in words else ""
         usual = max(values, key=lambda value: len(values[value]))
         others = [f"{value} for {listed(networks)}" for value, networks in values.items() if value != usual]
-        parts.append(f"{usual}{label}" + (f" ({'; '.join(others)})" if others else ""))
+        parts.append(words[name].format(usual) + (f" ({'; '.join(others)})" if others else ""))
     return f"Trained with, in every arm alike: {'; '.join(parts)}."
 
 
