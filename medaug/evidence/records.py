@@ -148,12 +148,18 @@ def _intake_report(real: Cohort) -> Record | None:
 
 
 def _rows(benchmark: Path) -> tuple[Record, ...]:
-    """The rows that the verdict rests on: `rows.csv` names them, since the folder may hold rows of earlier gradings."""
+    """The rows that the verdict rests on, under its names of their arms.
+
+    `rows.csv` says both: the folder may hold rows of earlier gradings, and a row's file does not know at which ratio it was graded.
+    """
     if not (benchmark / "rows.csv").is_file():
         raise DataError("benchmark-missing", f"{benchmark.name} holds no rows.csv; run the same `medaug grade` again.")
     with open(benchmark / "rows.csv", encoding="utf-8", newline="") as stream:
-        names = [str(line.get("sha256")) for line in csv.DictReader(stream)]
-    rows = (storage.read_json(benchmark / "rows" / f"{Path(name).name}.json") for name in names)
+        lines = [(Path(str(line.get("sha256"))).name, line.get("arm")) for line in csv.DictReader(stream)]
+    rows = []
+    for name, arm in lines:
+        row = storage.read_json(benchmark / "rows" / f"{name}.json")
+        rows.append({**row, "arm": arm or row["arm"]})
     return tuple(sorted(rows, key=lambda row: (row["arm"], row["network"], row["seed"])))
 
 

@@ -79,8 +79,8 @@ def choose_scale(rows: Sequence[PilotRow], weak_distance: float, least_agreement
         raise DataError(
             "calibration-labels-destroyed",
             f"Every scale destroys the labels: the judge agrees with {calm[0].agreement:.2f} of the unperturbed images and at best "
-            f"with {best.agreement:.2f} (scale {best.scale:g}), {needed:.2f} is needed; try smaller scales, another location, less "
-            "strength, or train longer.",
+            f"with {best.agreement:.2f} (scale {best.scale:g}), {needed:.2f} is needed; try smaller scales (`--set "
+            "calibration_settings#scales=[0.05,0.1]`), another location or less strength (variation_settings), or train longer.",
         )
     passed = [row for row in kept if row.distance > weak_distance]
     if not passed:
@@ -88,7 +88,8 @@ def choose_scale(rows: Sequence[PilotRow], weak_distance: float, least_agreement
         raise DataError(
             "calibration-too-weak",
             f"No scale that keeps the labels changes an image more than weak augmentation does: {most.distance:.3f} (scale "
-            f"{most.scale:g}) against {weak_distance:.3f}; try larger scales, another location or more strength.",
+            f"{most.scale:g}) against {weak_distance:.3f}; try larger scales (`--set "
+            "calibration_settings#scales=[1.0,2.0]`), another location or more strength (variation_settings).",
         )
     return max(row.scale for row in passed)
 

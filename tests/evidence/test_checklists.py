@@ -70,6 +70,18 @@ def test_answers_hold_the_figures_of_the_benchmark(study: Study, tmp_path: Path)
     assert claim["44"] == f"**{BLANK} funding**" and tripod["17"] == f"**{BLANK} ethics committee and consent**"
 
 
+def test_arms_of_several_ratios_keep_the_names_of_the_verdict(study: Study, tmp_path: Path) -> None:
+    for name, old, new in (("rows.csv", ",guided\n", ",guided@1\n"), ("verdict.json", '"guided"', '"guided@1"')):
+        path = study.benchmark / name
+        text = path.read_text().replace("\r\n", "\n")
+        assert old in text
+        path.write_text(text.replace(old, new))
+    write_evidence(study.accepted, tmp_path, **study.options)
+    claim = sections(tmp_path / "checklists.md")["CLAIM 2024"]
+    assert "guided@1: test 1.000 ± 0.000" in claim["37"] and "guided@1: no evidence, " in claim["38"]
+    assert "guided@1: no evidence, " in (tmp_path / "DATASET_CARD.md").read_text()
+
+
 def test_without_a_benchmark_its_items_are_blank(study: Study, tmp_path: Path) -> None:
     with_all = write_evidence(study.accepted, tmp_path / "all", **study.options)
     without = write_evidence(study.accepted, tmp_path / "less", cohort=study.cohort, run=study.run)
