@@ -55,10 +55,10 @@ def comparison_figure(rows: Sequence[Row], verdict: Mapping[str, Any], metric: s
             values = [run["test"]["metrics"][metric] for run in rows if (run["arm"], run["network"]) == (arm, network)]
             known = [value for value in values if value is not None]
             height = place + offsets[network]
-            scores.plot(known, [height] * len(known), marker, linestyle="", color=colour, alpha=0.45, markersize=5)
+            label = network if place == 0 else None  # the dots: of more than ten networks only their shape tells some apart
+            scores.plot(known, [height] * len(known), marker, linestyle="", color=colour, alpha=0.45, markersize=5, label=label)
             if known:
-                label = network if place == 0 else None
-                scores.plot([np.mean(known)], [height], "|", color=colour, markersize=13, markeredgewidth=2.5, label=label)
+                scores.plot([np.mean(known)], [height], "|", color=colour, markersize=13, markeredgewidth=2.5)
             result = verdict.get(arm, {}).get("per_network", {}).get(network)
             if result is not None:
                 _whisker(differences, result, height, colour, 1.2)
