@@ -15,7 +15,7 @@ METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "auc", "quadratic_kappa"
 ALL = "all"  # in the place of a network's name
 # What a table's numbers are, for its caption.
 _KEY = (
-    "Mean ± standard deviation over seeds.",
+    "After the mean stands the standard deviation over seeds.",
     "Intervals of one network are over test groups alone and hold its runs fixed; those of all networks cover the luck of training too.",
 )
 _ONE_PAGE = 45  # lines of a LaTeX table that fit on it

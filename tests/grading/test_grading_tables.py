@@ -65,7 +65,9 @@ def test_lines_of_networks_and_of_all():
 def test_markdown_has_wins_and_both_differences():
     text = markdown_table(table_rows(ROWS, VERDICT), METRIC)
     assert "| a_b | all | 10 | 0.650 ± 0.071 | +0.000 (-0.100 to +0.100) | -0.050 (-0.150 to +0.050) | 1 of 2 |" in text
-    assert len({line.count("|") for line in text.strip().splitlines()}) == 1
+    lines = text.split("\n\n")[0].splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert "Intervals of one network are over test groups alone" in text.split("\n\n")[1]
 
 
 @pytest.mark.parametrize("sign", list("\\~^&%$#_{}"))
@@ -79,7 +81,8 @@ def test_every_sign_of_latex_is_escaped(sign):
 @pytest.mark.parametrize(("copies", "environment"), [(1, "tabular"), (10, "longtable")])
 def test_latex_is_balanced_and_rectangular(copies, environment):
     text = latex_table(table_rows(ROWS, VERDICT) * copies, METRIC)
-    body = text.split("\n", 1)[1]  # after the comment that names the packages
+    comments, body = re.fullmatch(r"((?:%[^\n]*\n)+)(.*)", text, re.DOTALL).groups()
+    assert "booktabs" in comments and "Intervals of one network" in comments and comments.isascii()
     assert body.startswith(f"\\begin{{{environment}}}") and body.endswith(f"\\end{{{environment}}}\n")
     assert body.count("{") == body.count("}") and body.count("$") % 2 == 0
     assert all(f"\\{rule}rule" in body for rule in ("top", "mid", "bottom"))
