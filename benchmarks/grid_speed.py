@@ -62,6 +62,7 @@ def draw_cohort(folder: Path, training: int, held_out: int, size: int, seed: int
         name="discs",
         modality="",
         classes=tuple(map(str, range(NUM_CLASSES))),
+        ordinal=False,
         image_size=size,
         created_by=cohorts.created_by(NAME, {}, seed),
     )
