@@ -146,7 +146,7 @@ def statistics(records: Records) -> str | None:
     resamples = max(entry["against_none"]["num_resamples"] for entry in entries)
     # Verdicts of earlier versions do not hold the spread over patients: their intervals are of the bootstrap alone.
     widened = all("patient_std" in entry["against_none"] and len(entry["seed_differences"]) > 1 for entry in entries)
-    seeds = ", widened by the variance over seeds (Satterthwaite degrees of freedom)" if widened else ""
+    seeds = ", widened by the variance over seeds (critical values after Cochran and Cox)" if widened else ""
     several = any(entry["wilcoxon"]["num_networks"] > 1 for entry in entries)
     networks = "; over networks there is a Wilcoxon signed-rank test" if several else ""
     return (

@@ -240,10 +240,10 @@ def test_seeds_and_patients_add_up_to_one_interval():
     bootstrap = statistics.PairedDifference(0.03, 0.011, 0.049, 0.002, 0.8, 0.77, 1000, patient_std=0.01)
     seeds = [0.03 - math.sqrt(0.0003), 0.03, 0.03 + math.sqrt(0.0003)]
     result = statistics.with_training_luck(bootstrap, seeds, 41)
-    freedom = 0.0002**2 / (0.0001**2 / 2 + 0.0001**2 / 40)
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(0.0002)
+    half = (stats.t.ppf(0.975, 2) + stats.t.ppf(0.975, 40)) / 2 * math.sqrt(0.0002)
     assert (result.low, result.high) == pytest.approx((0.03 - half, 0.03 + half))
-    assert result.p_value == pytest.approx(2 * stats.t.sf(0.03 / math.sqrt(0.0002), freedom))
+    critical = (stats.t.isf(result.p_value / 2, 2) + stats.t.isf(result.p_value / 2, 40)) / 2
+    assert critical == pytest.approx(0.03 / math.sqrt(0.0002))
     assert (result.difference, result.score_a) == (0.03, 0.8)
 
 
@@ -258,3 +258,22 @@ def test_training_luck_only_takes_evidence_away(seeds, patient_std, num_groups):
     assert after.low <= before.low and after.high >= before.high and 0.04 <= after.p_value <= 1
     if len(seeds) == 1:
         assert after == before
+    else:
+        assert (after.low > 0 or after.high < 0) <= (after.p_value < 0.05)
+
+
+@pytest.mark.parametrize("num_seeds, share", [(3, 0.1), (3, 1.0), (3, 3.0), (3, 10.0), (3, 100.0), (5, 3.0)])
+def test_without_an_effect_one_in_twenty_intervals_misses_zero(num_seeds, share):
+    """Normal luck of patients and seeds, the variance of the seeds' mean `share` times the patients'."""
+    draw, count = np.random.default_rng(0), 3000
+    luck = draw.normal(0, math.sqrt(share * num_seeds), (count, num_seeds))
+    patients = draw.normal(0, 1, count)
+    deviations = np.sqrt(draw.chisquare(79, count) / 79)
+    missed = 0
+    for own, shared, deviation in zip(luck, patients, deviations, strict=True):
+        mean = float(own.mean() + shared)
+        before = statistics.PairedDifference(mean, mean, mean, 0.0, 0, 0, 100, patient_std=float(deviation))
+        after = statistics.with_training_luck(before, list(own), 80)
+        missed += after.low > 0 or after.high < 0
+        assert (after.low > 0 or after.high < 0) == (after.p_value < 0.05)
+    assert missed / count <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / count)

@@ -34,7 +34,8 @@ def planted(arms, networks=("simple_cnn", "resnet18"), num_seeds=3, groups=None)
 
 
 def test_a_planted_effect_is_found_in_its_direction():
-    verdicts = judge(planted({"none": 0.7, "oversample": 0.7, "good": 0.85, "bad": 0.5}), ordinal=False, num_resamples=2000)
+    arms = {"none": 0.7, "oversample": 0.7, "good": 0.85, "bad": 0.5}
+    verdicts = judge(planted(arms, num_seeds=5), ordinal=False, num_resamples=2000)
     assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {
         "oversample": "no evidence",
         "good": "helps",

@@ -76,16 +76,18 @@ def test_without_an_effect_a_verdict_is_rare(luck, num_networks, num_seeds, coun
 
 
 @pytest.mark.slow
-def test_power_rises_with_the_effect():
+@pytest.mark.parametrize("num_seeds, largest", [(3, 0.4), (5, 0.9)])
+def test_power_rises_with_the_effect_and_the_seeds(num_seeds, largest):
     helps = []
     for effect in (0.1, 0.3, 0.6, 1.0):
-        _, parts = rates(NO_EFFECT | {"synthetic": effect}, 60, num_networks=2, num_seeds=3, **LUCK["of seeds"])
-        print(f"effect {effect}: {parts}")  # noqa: T201
+        _, parts = rates(NO_EFFECT | {"synthetic": effect}, 60, num_networks=2, num_seeds=num_seeds, **LUCK["of seeds"])
+        print(f"effect {effect}, {num_seeds} seeds: {parts}")  # noqa: T201
         assert parts["harms"] <= 0.05
         helps.append(parts["helps"])
-    assert helps == sorted(helps) and helps[-1] > 0.5
-    _, parts = rates(NO_EFFECT | {"synthetic": -1.0}, 60, num_networks=2, num_seeds=3, **LUCK["of seeds"])
-    assert parts["harms"] > 0.8
+    assert helps == sorted(helps) and helps[-1] >= largest
+    _, parts = rates(NO_EFFECT | {"synthetic": -1.0}, 60, num_networks=2, num_seeds=num_seeds, **LUCK["of seeds"])
+    print(f"effect -1.0, {num_seeds} seeds: {parts}")  # noqa: T201
+    assert parts["harms"] >= largest
 
 
 def chosen_on_validation(key, num_ratios, seed_luck, run_luck, num_networks=2, num_seeds=3):
