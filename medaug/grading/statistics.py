@@ -299,8 +299,8 @@ def with_training_luck(result: PairedDifference, seed_differences: Sequence[floa
 
     The bootstrap holds the trained networks fixed, so its interval says nothing about another seed. Its variance and that of the mean
     over the seeds add up, and the critical value is that of Cochran and Cox (1950, Experimental Designs) for two variances of few and of
-    many degrees of freedom. The usual approximation by one number of degrees of freedom (Satterthwaite 1946) errs in up to 8 of 100 cases with
-    three seeds, where this one keeps to 5. The interval is never narrower and the p-value never smaller than the bootstrap's. One seed
+    many degrees of freedom. The usual approximation by one number of degrees of freedom (Satterthwaite 1946) is too narrow
+    for so few seeds. The interval is never narrower and the p-value never smaller than the bootstrap's. One seed
     shows no luck, so nothing is added.
 
     Args:
