@@ -31,8 +31,8 @@ from medaug.generation.feedback import (
 )
 from medaug.generation.generate import check_fit_groups, check_run
 from medaug.generation.plan import quotas
+from medaug.grading.metrics import classification_metrics
 from medaug.grading.recipe import grading_recipe
-from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import primary_metric
 from medaug.networks.grading import build_network
 from medaug.progress import progress

@@ -24,7 +24,7 @@ from medaug.cohort import Case, Cohort, read_cohort
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
 from medaug.generation.plan import check_counts, quotas
-from medaug.grading.statistics import classification_metrics
+from medaug.grading.metrics import classification_metrics
 from medaug.networks.grading import build_network
 from medaug.progress import progress
 from medaug.quality import pilot as checks

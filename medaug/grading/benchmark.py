@@ -22,9 +22,9 @@ from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
 from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
+from medaug.grading.metrics import classification_metrics
 from medaug.grading.recipe import recipe_content
 from medaug.grading.rows import CellSink, Row, named, tracked
-from medaug.grading.statistics import classification_metrics
 from medaug.io.pixels import held_out_pixels, shared_pixels
 from medaug.networks.grading import build_network
 from medaug.progress import progress as progress_bar

@@ -15,9 +15,9 @@ from medaug.cohort import SPLITS
 from medaug.grading.curves import Point, learning_figure, mixing_figure
 from medaug.grading.figures import VERDICT_COLOURS, comparison_figure, confusion_figure, forest_figure, png
 from medaug.grading.graded_data import GradedData
+from medaug.grading.metrics import NO_ORDER
 from medaug.grading.record import GradingRecord
 from medaug.grading.rows import Row, summary_of
-from medaug.grading.statistics import NO_ORDER
 from medaug.grading.tables import METRICS, class_rows, interval, latex_table, markdown_table, number, table_rows, won
 from medaug.grading.verdict import METRIC_LABELS, primary_metric
 

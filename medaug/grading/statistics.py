@@ -1,7 +1,6 @@
-"""Metrics of a classifier and the paired bootstrap by group: short functions on NumPy arrays, no state.
+"""What a comparison of two arms can claim: the paired bootstrap by group, the luck of training, Holm, Wilcoxon.
 
-Names: N cases, K classes, S runs (seeds, or seeds x networks), R resamples. Anything undefined is NaN inside this module
-and becomes None with a reason in `classification_metrics`.
+Names: N cases, K classes, S runs (seeds, or seeds x networks), R resamples. Anything undefined is NaN.
 """
 
 from __future__ import annotations
@@ -16,155 +15,21 @@ from scipy import optimize, special, stats
 
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
-from medaug.training.classifier import confusion_counts, macro_f1
-from medaug.training.temperature import expected_calibration_error
+from medaug.grading.metrics import BOOTSTRAP_METRICS, COUNT_METRICS, checked_predictions, macro_auc, ratio
 
-NO_ORDER = "the classes have no order"
 TIE_DECIMALS = 12  # of a score: equal counts summed in another order differ in the last bit, which is no difference
 _CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
 
 __all__ = [
-    "BOOTSTRAP_METRICS",
     "PairedDifference",
-    "accuracy",
-    "balanced_accuracy",
     "bootstrap_recalls",
     "bootstrap_scores",
-    "classification_metrics",
     "compare_scores",
-    "grade_error",
     "holm",
-    "macro_auc",
     "paired_bootstrap",
-    "quadratic_kappa",
     "wilcoxon_networks",
     "with_training_luck",
 ]
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """numerator / denominator, NaN where the denominator is 0."""
-    numerator, denominator = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    return np.divide(
-        numerator,
-        denominator,
-        out=np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan),
-        where=denominator > 0,
-    )
-
-
-def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Share of hits; counts (..., K, K), rows the truth -> (...)."""
-    return _ratio(np.trace(counts, axis1=-2, axis2=-1), counts.sum((-2, -1)))
-
-
-def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur in the truth; counts (..., K, K) -> (...)."""
-    recall = _ratio(np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1))
-    present = ~np.isnan(recall)
-    return _ratio(np.where(present, recall, 0).sum(-1), present.sum(-1))
-
-
-def quadratic_kappa(counts: np.ndarray) -> np.ndarray:
-    """Cohen's kappa with weights (i-j)^2 / (K-1)^2; counts (..., K, K) -> (...).
-
-    1 - sum w O / sum w E with E from the marginals (Cohen 1968). NaN if truth and predictions are one and the same class.
-    """
-    num_classes = counts.shape[-1]
-    grades = np.arange(num_classes)
-    weights = (grades[:, None] - grades[None, :]) ** 2 / max(num_classes - 1, 1) ** 2
-    expected = counts.sum(-1)[..., :, None] * counts.sum(-2)[..., None, :]
-    return 1 - _ratio((weights * counts).sum((-2, -1)) * counts.sum((-2, -1)), (weights * expected).sum((-2, -1)))
-
-
-def grade_error(counts: np.ndarray) -> np.ndarray:
-    """Mean absolute error of the grade, in grades; counts (..., K, K) -> (...)."""
-    grades = np.arange(counts.shape[-1])
-    return _ratio((np.abs(grades[:, None] - grades[None, :]) * counts).sum((-2, -1)), counts.sum((-2, -1)))
-
-
-def _weighted_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve, ties counted half; weights (R, N) -> (R,), NaN without positives or negatives."""
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    ordered = weights[:, order]
-    up = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    down = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(down, axis=1) - down / 2
-    return _ratio((up * below).sum(1), up.sum(1) * down.sum(1))
-
-
-def macro_auc(target: np.ndarray, probs: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """AUC of class 1 for two classes, else the mean one-versus-rest AUC; NaN if a class is absent.
-
-    Args:
-        target: (N,) class indices.  probs: (N, K).  weights: (R, N) counts of each case; default once.
-
-    Returns:
-        (R,) values.
-    """
-    weights = np.ones((1, len(target))) if weights is None else weights
-    classes = [1] if probs.shape[1] == 2 else range(probs.shape[1])
-    return np.mean([_weighted_auc(probs[:, index], target == index, weights) for index in classes], axis=0)
-
-
-_COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "accuracy": accuracy,
-    "balanced_accuracy": balanced_accuracy,
-    "macro_f1": macro_f1,
-    "quadratic_kappa": quadratic_kappa,
-    "grade_mae": grade_error,
-}
-BOOTSTRAP_METRICS = (*_COUNT_METRICS, "auc")
-
-
-def classification_metrics(target: np.ndarray, probs: np.ndarray, *, ordinal: bool) -> dict[str, Any]:
-    """Every metric of one set of predictions, ready for JSON.
-
-    Args:
-        target: (N,) class indices.  probs: (N, K), rows sum to 1.  ordinal: also kappa and the grade's error.
-
-    Returns:
-        accuracy, balanced_accuracy, macro_f1, auc, ece, quadratic_kappa and grade_mae (None unless ordinal), per_class
-        (precision, recall, f1, support), confusion (rows the truth), undefined (metric -> reason for every None).
-
-    Raises:
-        DataError: no cases, or shapes that do not fit.
-    """
-    target, probs = _checked(target, probs)
-    num_classes = probs.shape[1]
-    counts = confusion_counts(target, probs.argmax(1), num_classes)
-    values = {"accuracy": accuracy(counts), "balanced_accuracy": balanced_accuracy(counts), "macro_f1": macro_f1(counts)}
-    values |= {"auc": macro_auc(target, probs)[0], "ece": np.asarray(expected_calibration_error(target, probs))}
-    undefined = {} if ordinal else {"quadratic_kappa": NO_ORDER, "grade_mae": NO_ORDER}
-    if ordinal:
-        values |= {"quadratic_kappa": quadratic_kappa(counts), "grade_mae": grade_error(counts)}
-    absent = [index for index in range(num_classes) if counts[index].sum() == 0]
-    reasons = {"auc": f"no case of class index {absent}", "quadratic_kappa": "truth and predictions are all one class"}
-    undefined |= {name: reasons.get(name, "undefined") for name, value in values.items() if math.isnan(float(value))}
-    result: dict[str, Any] = {name: None if math.isnan(float(value)) else float(value) for name, value in values.items()}
-    result |= {name: None for name in undefined if name not in result}
-    return result | {"per_class": _per_class(counts), "confusion": counts.tolist(), "undefined": undefined}
-
-
-def _checked(target: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    target, probs = np.asarray(target), np.asarray(probs, dtype=float)
-    if probs.ndim != 2 or target.shape != (len(probs),) or len(target) == 0 or target.min() < 0 or target.max() >= probs.shape[1]:
-        raise DataError(
-            "predictions-invalid",
-            f"Metrics need targets (N,) inside the K classes and probabilities (N, K), got {target.shape} and {probs.shape}.",
-        )
-    return target, probs
-
-
-def _per_class(counts: np.ndarray) -> list[dict[str, float | int | None]]:
-    hits, truth, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
-    columns = {"precision": _ratio(hits, predicted), "recall": _ratio(hits, truth), "f1": _ratio(2 * hits, truth + predicted)}
-    return [
-        {name: None if np.isnan(values[index]) else float(values[index]) for name, values in columns.items()}
-        | {"support": int(truth[index])}
-        for index in range(len(counts))
-    ]
 
 
 @dataclass(frozen=True)
@@ -215,7 +80,7 @@ def bootstrap_scores(
             "predictions-invalid",
             f"The bootstrap needs probabilities (S, N, K) and N groups, got {probs.shape} and {len(groups)}.",
         )
-    target = _checked(target, probs[0])[0]
+    target = checked_predictions(target, probs[0])[0]
     names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     score = _scorer(target, member, probs, metric, len(names))
     return np.concatenate([score(drawn) for drawn in _multiplicities(len(names), len(target), num_resamples, seed)])
@@ -233,13 +98,13 @@ def bootstrap_recalls(
         (1 + num_resamples, K): entry 0 is the test set itself; NaN where a class is absent.
     """
     probs = np.asarray(probs, dtype=float)
-    target = _checked(target, probs[0])[0]
+    target = checked_predictions(target, probs[0])[0]
     names, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     support, hits = np.zeros((2, len(names), probs.shape[2]))
     np.add.at(support, (member, target), 1)
     np.add.at(hits, (member, target), (probs.argmax(2) == target).mean(0))
     drawn = _multiplicities(len(names), len(target), num_resamples, seed)
-    return np.concatenate([_ratio(weights @ hits, weights @ support) for weights in drawn])
+    return np.concatenate([ratio(weights @ hits, weights @ support) for weights in drawn])
 
 
 def _multiplicities(num_groups: int, num_cases: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -264,7 +129,7 @@ def _scorer(
     for run in range(num_runs):
         np.add.at(per_group[:, run], (member, target, probs[run].argmax(1)), 1)
     flat = per_group.reshape(num_groups, -1)
-    function = _COUNT_METRICS[metric]
+    function = COUNT_METRICS[metric]
     return lambda weights: function((weights @ flat).reshape(-1, num_runs, num_classes, num_classes)).mean(-1)
 
 

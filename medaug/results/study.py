@@ -15,9 +15,9 @@ import numpy as np
 
 from medaug import sessions, storage
 from medaug.errors import DataError
+from medaug.grading.metrics import classification_metrics
 from medaug.grading.record import GradingRecord, record_from_json, record_to_json
 from medaug.grading.rows import Row, check_test_cases
-from medaug.grading.statistics import classification_metrics
 
 PAGE_FORMAT = 1
 MILLION = 1_000_000  # rows hold probabilities with six decimals, see `medaug.grading.benchmark`

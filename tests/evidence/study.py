@@ -13,7 +13,7 @@ from medaug import cohort as cohorts
 from medaug import storage
 from medaug.cohort import Case, Cohort, fit_sha256
 from medaug.draws import numpy_generator
-from medaug.grading.statistics import classification_metrics
+from medaug.grading.metrics import classification_metrics
 from medaug.grading.verdict import Predictions, judge
 from medaug.io.raster import write_unit_png
 

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and hand-worked values; laws of the bootstrap."""
+"""The bootstrap against resampling by hand, its laws, and the tests over seeds and networks."""
 
 import itertools
 import math
@@ -14,65 +14,11 @@ from sklearn import metrics as reference
 
 from medaug.errors import ConfigError, DataError
 from medaug.grading import statistics
-from medaug.training.classifier import confusion_counts
+from medaug.grading.metrics import BOOTSTRAP_METRICS, classification_metrics
+from tests.grading.predictions import predictions
 
 
-def predictions(seed: int, num_cases: int = 60, num_classes: int = 4, decimals: int | None = None):
-    generator = np.random.default_rng(seed)
-    target = generator.integers(0, num_classes, num_cases)
-    target[:num_classes] = np.arange(num_classes)
-    logits = generator.normal(size=(num_cases, num_classes)) + 1.2 * np.eye(num_classes)[target]
-    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return target, probs if decimals is None else np.round(probs, decimals)
-
-
-@given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from([None, 1]))
-@settings(deadline=None, max_examples=25)
-def test_metrics_equal_scikit_learn(seed, num_classes, decimals):
-    target, probs = predictions(seed, num_classes=num_classes, decimals=decimals)
-    preds = probs.argmax(1)
-    ours = statistics.classification_metrics(target, probs, ordinal=True)
-    assert ours["accuracy"] == pytest.approx(reference.accuracy_score(target, preds))
-    assert ours["balanced_accuracy"] == pytest.approx(reference.balanced_accuracy_score(target, preds))
-    assert ours["macro_f1"] == pytest.approx(reference.f1_score(target, preds, average="macro"))
-    assert ours["quadratic_kappa"] == pytest.approx(reference.cohen_kappa_score(target, preds, weights="quadratic"))
-    assert ours["grade_mae"] == pytest.approx(reference.mean_absolute_error(target, preds))
-    assert ours["confusion"] == reference.confusion_matrix(target, preds, labels=range(num_classes)).tolist()
-    one_vs_rest = [reference.roc_auc_score(target == index, probs[:, index]) for index in range(num_classes)]
-    assert ours["auc"] == pytest.approx(one_vs_rest[1] if num_classes == 2 else np.mean(one_vs_rest))
-    precision, recall, f1, support = reference.precision_recall_fscore_support(
-        target, preds, labels=range(num_classes), zero_division=np.nan
-    )
-    assert [row["support"] for row in ours["per_class"]] == support.tolist()
-    assert [row["recall"] for row in ours["per_class"]] == pytest.approx(recall.tolist())
-    for row, expected in zip(ours["per_class"], precision, strict=True):
-        assert row["precision"] is None if math.isnan(expected) else row["precision"] == pytest.approx(expected)
-
-
-def test_kappa_by_hand():
-    # Three of four right, one off by one grade of three: O-weight 1/4, E-weight from the marginals (2,1,1) and (1,2,1).
-    counts = confusion_counts(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2]), 3)
-    observed = 1 * 0.25 / 4
-    expected = (2 * 2 * 0.25 + 2 * 1 * 1 + 1 * 1 * 0.25 + 1 * 1 * 0.25 + 1 * 1 * 1 + 1 * 2 * 0.25) / 16
-    assert statistics.quadratic_kappa(counts) == pytest.approx(1 - observed / expected)
-
-
-def test_kappa_is_zero_for_independent_marginals_and_one_for_perfect():
-    assert statistics.quadratic_kappa(np.outer([3, 5, 2], [4, 1, 5])) == pytest.approx(0)
-    assert statistics.quadratic_kappa(np.diag([3, 5, 2])) == 1
-
-
-def test_absent_class_gives_none_with_a_reason():
-    result = statistics.classification_metrics(np.array([0, 1, 0]), np.full((3, 3), 1 / 3), ordinal=False)
-    assert result["auc"] is None and "[2]" in result["undefined"]["auc"]
-    assert result["quadratic_kappa"] is None and "order" in result["undefined"]["quadratic_kappa"]
-    assert result["per_class"][2] == {"precision": None, "recall": None, "f1": None, "support": 0}
-    constant = statistics.classification_metrics(np.zeros(3, int), np.tile([1.0, 0, 0], (3, 1)), ordinal=True)
-    assert constant["quadratic_kappa"] is None and "one class" in constant["undefined"]["quadratic_kappa"]
-    assert constant["balanced_accuracy"] == 1
-
-
-@pytest.mark.parametrize("metric", statistics.BOOTSTRAP_METRICS)
+@pytest.mark.parametrize("metric", BOOTSTRAP_METRICS)
 def test_identical_predictions_differ_by_nothing(metric):
     target, probs = predictions(0)
     groups = [f"g{index // 2}" for index in range(len(target))]
@@ -80,7 +26,7 @@ def test_identical_predictions_differ_by_nothing(metric):
     assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
 
 
-@pytest.mark.parametrize("metric", statistics.BOOTSTRAP_METRICS)
+@pytest.mark.parametrize("metric", BOOTSTRAP_METRICS)
 def test_bootstrap_equals_resampling_the_cases_themselves(metric):
     """Counting per group and copying the cases of the drawn groups is the same thing."""
     target, probs_a = predictions(1, num_cases=24, decimals=2)
@@ -97,7 +43,7 @@ def test_bootstrap_equals_resampling_the_cases_themselves(metric):
         for probs in (probs_a, probs_b):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = statistics.classification_metrics(target[cases.astype(int)], probs[cases.astype(int)], ordinal=True)
+                row = classification_metrics(target[cases.astype(int)], probs[cases.astype(int)], ordinal=True)
             singles.append(math.nan if row[metric] is None else row[metric])
         assert score == pytest.approx(np.mean(singles), nan_ok=True)
 
@@ -231,8 +177,6 @@ def test_refusals():
         statistics.bootstrap_scores(target, np.arange(60), probs[None], "f2")
     with pytest.raises(DataError, match="predictions-invalid"):
         statistics.bootstrap_scores(target, np.arange(59), probs[None], "accuracy")
-    with pytest.raises(DataError, match="predictions-invalid"):
-        statistics.classification_metrics(target[:5], probs, ordinal=False)
 
 
 def test_seeds_and_patients_add_up_to_one_interval():

@@ -13,9 +13,9 @@ from medaug.draws import numpy_generator
 from medaug.errors import DataError
 from medaug.grading.arms import Arm, Variant
 from medaug.grading.graded_data import GradedData
+from medaug.grading.metrics import classification_metrics
 from medaug.grading.record import CellName, GradingRecord
 from medaug.grading.rows import Row
-from medaug.grading.statistics import classification_metrics
 from medaug.grading.verdict import Opponents
 from medaug.results.limits import Outcome, limits
 from medaug.results.study import Study, page_files, study_from_files
