@@ -17,6 +17,7 @@ from medaug.training.classifier import confusion_counts, macro_f1
 from medaug.training.temperature import expected_calibration_error
 
 NO_ORDER = "the classes have no order"
+_MOST_PAIRS = 10_000_000  # of cases held at once (80 MB); test sets beyond some 5,000 cases are scored run by run
 
 __all__ = [
     "BOOTSTRAP_METRICS",
@@ -28,6 +29,7 @@ __all__ = [
     "classification_metrics",
     "grade_error",
     "macro_auc",
+    "mean_auc",
     "quadratic_kappa",
     "ratio",
 ]
@@ -97,6 +99,44 @@ def macro_auc(target: np.ndarray, probs: np.ndarray, weights: np.ndarray | None 
     weights = np.ones((1, len(target))) if weights is None else weights
     classes = [1] if probs.shape[1] == 2 else range(probs.shape[1])
     return np.mean([_weighted_auc(probs[:, index], target == index, weights) for index in classes], axis=0)
+
+
+def mean_auc(target: np.ndarray, probs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`macro_auc`, averaged over runs, as a function of how often each case counts.
+
+    The AUC is the share of pairs of a positive and a negative case that are in order (Mann and Whitney 1947), and the share can be averaged
+    over runs before the cases are weighted: one matrix for all of them.
+
+    Args:
+        target: (N,) class indices.  probs: (S, N, K).
+
+    Returns:
+        (R, N) weights -> (R,) values, NaN where a class is absent.
+    """
+    classes = [1] if probs.shape[2] == 2 else range(probs.shape[2])
+    positives = [np.flatnonzero(target == index) for index in classes]
+    negatives = [np.flatnonzero(target != index) for index in classes]
+    if max(len(ours) * len(rest) for ours, rest in zip(positives, negatives, strict=True)) > _MOST_PAIRS:
+        return lambda weights: np.mean([macro_auc(target, run, weights) for run in probs], axis=0)
+
+    def in_order(index: int, ours: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """(P, Q) share of the runs in which the positive case scores above the negative one, ties counted half."""
+        total = np.zeros((len(ours), len(rest)))
+        for run in probs:
+            up, down = run[ours, index][:, None], run[rest, index][None, :]
+            total += (up > down) + (up == down) / 2
+        return total / len(probs)
+
+    shares = [in_order(index, ours, rest) for index, ours, rest in zip(classes, positives, negatives, strict=True)]
+
+    def of(weights: np.ndarray) -> np.ndarray:
+        parts = []
+        for share, ours, rest in zip(shares, positives, negatives, strict=True):
+            up, down = weights[:, ours], weights[:, rest]
+            parts.append(ratio(((up @ share) * down).sum(1), up.sum(1) * down.sum(1)))
+        return np.mean(parts, axis=0)
+
+    return of
 
 
 COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -66,7 +66,8 @@ def _saw_more(arm: Arm, cohort: Cohort) -> bool:
     if arm.real_fraction in (None, 1):
         return False
     kept = {case.group for case in kept_cases(arm, cohort, 0)}
-    return any(set(groups) - kept for source in arm.added() for groups in source.cohort.fit_on.values())
+    makers = [source.cohort.fit_on for source in arm.added() if not source.of_kept]  # copies of kept images have no other maker
+    return any(set(groups) - kept for fit_on in makers for groups in fit_on.values())
 
 
 def pretrained_notes(weights: Mapping[str, Path]) -> list[str]:

@@ -57,6 +57,9 @@ class Scores:
         num_groups: of the test set.
         recalls: arm -> (1 + R, K) recall of every class, mean over networks and seeds.
         recalls_by_seed: arm -> (S, K) on the test set, mean over networks.
+        ranking: arm -> (1 + R,) area under the ROC curve (mean one-versus-rest), which no shift of a threshold changes; mean over
+            networks and seeds.
+        ranking_by_seed: arm -> S values on the test set, mean over networks.
     """
 
     metric: str
@@ -66,6 +69,8 @@ class Scores:
     num_groups: int
     recalls: Mapping[str, np.ndarray] = field(default_factory=dict)
     recalls_by_seed: Mapping[str, np.ndarray] = field(default_factory=dict)
+    ranking: Mapping[str, np.ndarray] = field(default_factory=dict)
+    ranking_by_seed: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def seed_differences(self, arm: str, other: str) -> list[float]:
         """Arm minus other for each seed: how much a verdict owes to chance in training."""
@@ -91,6 +96,12 @@ class Scores:
             for index in range(ours.shape[1])
         ]
 
+    def compare_ranking(self, arm: str, other: str) -> PairedDifference:
+        """Arm minus other in the area under the ROC curve; the interval covers what that of `compare` does."""
+        pairs = zip(self.ranking_by_seed[arm], self.ranking_by_seed[other], strict=True)
+        seeds = [round(ours - theirs, TIE_DECIMALS) for ours, theirs in pairs]
+        return with_training_luck(compare_scores(self.ranking[arm], self.ranking[other]), seeds, self.num_groups)
+
     def interval(self, arm: str) -> tuple[float, float, float]:
         """The arm's score over all networks and its 95 % percentile interval over the test groups; NaN where it is undefined."""
         known = self.pooled[arm][1:][~np.isnan(self.pooled[arm][1:])]
@@ -107,18 +118,32 @@ def score_cells(predictions: Predictions, metric: str, *, num_resamples: int = 1
     }
     pooled = {arm: np.mean([cells[arm, network] for network in networks], axis=0) for arm in predictions.arms}
 
-    def of_seed(arm: str, index: int) -> float:
-        runs = np.stack([predictions.probs[arm, network][index] for network in networks])
-        return float(bootstrap_scores(target, groups, runs, metric, num_resamples=0)[0])
-
-    def recalls(runs: Sequence[np.ndarray], resamples: int) -> np.ndarray:
-        return bootstrap_recalls(target, groups, np.stack(runs), num_resamples=resamples, seed=seed)
-
     runs = {arm: [predictions.probs[arm, network] for network in networks] for arm in predictions.arms}
     num_seeds = len(next(iter(predictions.probs.values())))
-    by_seed = {arm: [of_seed(arm, index) for index in range(num_seeds)] for arm in predictions.arms}
+
+    def of_seeds(arm: str, name: str) -> list[float]:
+        by_seed = [np.stack([one[index] for one in runs[arm]]) for index in range(num_seeds)]
+        return [float(bootstrap_scores(target, groups, one, name, num_resamples=0)[0]) for one in by_seed]
+
+    def recalls(own: Sequence[np.ndarray], resamples: int) -> np.ndarray:
+        return bootstrap_recalls(target, groups, np.stack(own), num_resamples=resamples, seed=seed)
+
     by_class = {arm: recalls(list(np.concatenate(own)), num_resamples) for arm, own in runs.items()}
     by_class_and_seed = {
         arm: np.stack([recalls([one[index] for one in own], 0)[0] for index in range(num_seeds)]) for arm, own in runs.items()
     }
-    return Scores(metric, cells, pooled, by_seed, len(set(groups)), by_class, by_class_and_seed)
+    ranking = {
+        arm: bootstrap_scores(target, groups, np.concatenate(own), "auc", num_resamples=num_resamples, seed=seed)
+        for arm, own in runs.items()
+    }
+    return Scores(
+        metric,
+        cells,
+        pooled,
+        {arm: of_seeds(arm, metric) for arm in predictions.arms},
+        len(set(groups)),
+        by_class,
+        by_class_and_seed,
+        ranking,
+        {arm: of_seeds(arm, "auc") for arm in predictions.arms},
+    )

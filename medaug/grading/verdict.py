@@ -6,6 +6,10 @@ through views of its own (AMST) must in the same way beat real images seen throu
 plain training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, and three seeds at least.
 Everything else is "no evidence", which is not "no effect".
 
+Both metrics depend on where the classes are cut: images that make a network say one class more often can raise them, and a threshold
+would have done the same. The area under the ROC curve does not, so it is given beside every verdict, and a verdict that it does not
+share says so.
+
 The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
 luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
 may deserve another one.
@@ -108,8 +112,8 @@ def judge(
     Returns:
         arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, opponents, against_none, against_control and
         against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control),
-        seed_differences, per_class (class by class), per_network and per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm),
-        validation_difference, warnings.
+        seed_differences, ranking (area under the ROC curve against none), per_class (class by class), per_network and
+        per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm), validation_difference, warnings.
     """
     metric = primary_metric(ordinal)
     opponents = default_opponents(predictions.arms) if opponents is None else opponents
@@ -129,15 +133,18 @@ def judge(
         spoken = "helps" if helped else "harms" if harmed else "no evidence"
         verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
         results = [family.overall.get(arm) for family in (none, control, views)]
+        ranking = scores.compare_ranking(arm, other.baseline) if arm in scores.ranking else None
         verdicts[arm] = {
             "verdict": verdict,
-            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], other, results, seeds, len(predictions.networks)),
+            "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], other, results, seeds, len(predictions.networks))
+            + _unranked(verdict, ranking),
             "metric": metric,
             "opponents": asdict(other),
             "against_none": none.plain(arm),
             "against_control": control.plain(arm),
             "against_views": views.plain(arm),
             "seed_differences": [_none_if_nan(value) for value in seeds],
+            "ranking": _plain(ranking) if ranking is not None else None,
             "per_class": _per_class(scores, arm, other),
             "per_network": none.plain_networks(arm),
             "per_network_control": control.plain_networks(arm),
@@ -256,6 +263,20 @@ def _sentence(
     if len(seeds) > 1 and min(seeds) < 0 < max(seeds):
         text += f", whose seeds disagree on the sign ({min(seeds):+.3f} to {max(seeds):+.3f})"
     return text + "."
+
+
+def _unranked(verdict: str, ranking: PairedDifference | None) -> str:
+    """What weakens a verdict: cases are ranked no better, or no worse, than before, so that a threshold would do the same."""
+    if ranking is None or math.isnan(ranking.difference) or verdict == "no evidence":
+        return ""
+    shown = ranking.low > 0 if verdict == "helps" else ranking.high < 0
+    if shown:
+        return ""
+    word = "gain" if verdict == "helps" else "loss"
+    return (
+        f" The area under the ROC curve shows no such {word} ({ranking.score_a:.3f} against {ranking.score_b:.3f}, {ranking.difference:+.3f}, "
+        f"{ranking.low:+.3f} to {ranking.high:+.3f}): it may lie in where the classes are cut, which a threshold could do too."
+    )
 
 
 def _plain(result: PairedDifference) -> dict[str, Any]:

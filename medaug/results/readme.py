@@ -139,6 +139,12 @@ def _arm(entry: Mapping[str, Any]) -> dict[str, str]:
         parts.append(f"against real images in the same views: Holm-adjusted p {figure(entry['against_views']['p_holm'])}")
     if entry["validation_difference"] is not None:
         parts.append(f"difference to none on validation {figure(entry['validation_difference'], signed=True)}")
+    if (ranking := entry["ranking"]) and ranking["difference"] is not None:
+        interval = f"{figure(ranking['low'], signed=True)} to {figure(ranking['high'], signed=True)}"
+        parts.append(
+            f"area under the ROC curve {figure(ranking['score_a'])} against {figure(ranking['score_b'])}, "
+            f"{figure(ranking['difference'], signed=True)} ({interval})"
+        )
     details = f"{'; '.join(parts)}."
     return {"verdict": VERDICTS[entry["verdict"]], "sentence": entry["sentence"], "details": details[0].upper() + details[1:]}
 

@@ -9,6 +9,7 @@ import pytest
 from medaug import storage
 from medaug.errors import DataError
 from medaug.grading import arms
+from medaug.grading.classic_copies import make_copies
 from medaug.grading.figures import network_mark
 from medaug.grading.grade import grade
 from medaug.grading.notes import arm_notes, data_notes, run_notes
@@ -39,6 +40,12 @@ def test_makers_that_learned_from_more_than_the_fraction_are_named(tmp_path, mak
     kept = sorted({case.group for case in arms.kept_cases(part, real, 0)})
     fair = make_synthetic(real, tmp_path / "fair", [4, 4, 4], fit_groups=kept)
     assert arm_notes(real, [replace(part, synthetic=fair)]) == []
+
+
+def test_copies_of_kept_images_have_no_maker_that_saw_more(tmp_path, make_cohort):
+    real = make_cohort(tmp_path / "real", per_class=20)
+    named = {"rot": make_copies(real, "rot", tmp_path / "rot")}
+    assert arm_notes(real, [arms.parse_arm("orig50+rot", named=named)]) == []
 
 
 def test_images_that_were_scaled_in_another_way_are_named(tmp_path, make_cohort, make_synthetic):

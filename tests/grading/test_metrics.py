@@ -64,3 +64,23 @@ def test_refusal_of_targets_that_do_not_fit():
     target, probs = predictions(0)
     with pytest.raises(DataError, match="predictions-invalid"):
         metrics.classification_metrics(target[:5], probs, ordinal=False)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([None, 1]))
+@settings(deadline=None, max_examples=15)
+def test_the_mean_auc_of_runs_equals_that_of_each_run_also_with_repeated_and_absent_cases(seed, num_classes, decimals):
+    target, _ = predictions(seed, num_cases=30, num_classes=num_classes)
+    runs = np.stack([predictions(seed + run, 30, num_classes, decimals)[1] for run in range(3)])
+    weights = np.random.default_rng(seed).integers(0, 3, (6, 30)).astype(float)
+    weights[5, target == 1] = 0  # a resample without the class
+    found = metrics.mean_auc(target, runs)(weights)
+    assert found == pytest.approx(np.mean([metrics.macro_auc(target, run, weights) for run in runs], axis=0), nan_ok=True)
+    assert np.isnan(found[5])
+
+
+def test_the_mean_auc_of_many_cases_is_computed_without_the_pairs(monkeypatch):
+    target, probs = predictions(3)
+    weights = np.random.default_rng(0).integers(0, 3, (4, 60)).astype(float)
+    whole = metrics.mean_auc(target, probs[None])(weights)
+    monkeypatch.setattr(metrics, "_MOST_PAIRS", 10)
+    assert metrics.mean_auc(target, probs[None])(weights) == pytest.approx(whole)

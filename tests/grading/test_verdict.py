@@ -157,3 +157,45 @@ def test_refusals():
     del uneven.probs["x", "resnet18"]
     with pytest.raises(DataError, match="rows-incomplete"):
         judge(uneven, ordinal=False)
+
+
+def shifted(probs, towards, amount):
+    """The same order of cases with the boundary of two classes moved: the log odds of class `towards` grow by `amount`."""
+    odds = np.log(probs[..., towards] / probs[..., 1 - towards]) + amount
+    ours = 1 / (1 + np.exp(-odds))
+    return np.stack([ours, 1 - ours] if towards == 0 else [1 - ours, ours], axis=-1)
+
+
+def two_classes(spread, seed, num_seeds=5, num_cases=600):
+    """Probabilities (S, N, 2) of cases whose log odds are normal around -1 and 1, moved by 1.5 towards class 1."""
+    target = np.arange(num_cases) % 2
+    generator = np.random.default_rng(seed)
+    own = generator.normal(size=num_cases) * spread
+    odds = 2 * target - 1 + own + 0.1 * generator.normal(size=(num_seeds, num_cases))
+    first = 1 / (1 + np.exp(odds))
+    return target, shifted(np.stack([first, 1 - first], axis=-1), 1, 1.5)
+
+
+def test_a_verdict_that_a_threshold_would_earn_says_so():
+    target, plain = two_classes(1.0, seed=4)
+    _, better = two_classes(0.5, seed=4)  # the same cases with half the noise are ranked better too
+    arms = {
+        "none": plain,
+        "oversample": plain,
+        "moved": shifted(plain, 0, 1.5),
+        "better": shifted(better, 0, 1.5),
+        "worse": shifted(plain, 1, 1.5),
+    }
+    predictions = Predictions(target, [f"g{index}" for index in range(600)], {(arm, "net"): p for arm, p in arms.items()}, {})
+    verdicts = judge(predictions, ordinal=False, num_resamples=1000)
+    assert {arm: entry["verdict"] for arm, entry in verdicts.items()} == {
+        "oversample": "no evidence",
+        "moved": "helps",
+        "better": "helps",
+        "worse": "harms",
+    }
+    assert verdicts["moved"]["ranking"]["difference"] == pytest.approx(0, abs=1e-9)
+    assert "shows no such gain" in verdicts["moved"]["sentence"] and "threshold" in verdicts["moved"]["sentence"]
+    assert "shows no such loss" in verdicts["worse"]["sentence"]
+    assert verdicts["better"]["ranking"]["low"] > 0 and "ROC" not in verdicts["better"]["sentence"]
+    assert "ROC" not in verdicts["oversample"]["sentence"]
