@@ -54,8 +54,8 @@ from rows import WORK, command_of, environment, open_work, settings_of
 
 from medaug.cohort import Case, Cohort, read_cohort
 from medaug.draws import key_seed, numpy_generator
-from medaug.grading.recipe import grading_recipe
 from medaug.grading.metrics import classification_metrics
+from medaug.grading.recipe import grading_recipe
 from medaug.intake.build import run_intake
 from medaug.intake.records import IntakeOptions
 from medaug.networks.grading import build_network

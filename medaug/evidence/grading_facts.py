@@ -203,6 +203,8 @@ def _compared(records: Records, verdict: Mapping[str, Any]) -> str | None:
         text = f"{arm}: {entry['verdict']}, {_difference(entry['against_none'])}"
         text += f", against repeated real images {_difference(entry['against_control'])}" if entry["against_control"] else ""
         text += f", against the same views of real images {_difference(entry['against_views'])}" if entry["against_views"] else ""
+        ranking = (entry.get("ranking") or {}).get("against_none")  # verdicts of an earlier medaug have none
+        text += f", in the area under the ROC curve {_difference(ranking)}" if ranking else ""
         parts.append(text)
     metric = METRIC_NAMES.get(str(_deciding(records)), "score")
     return f'Differences in {metric} to training without augmentation: {"; ".join(parts)}. "No evidence" is not "no effect".'

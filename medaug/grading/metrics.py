@@ -17,19 +17,21 @@ from medaug.training.classifier import confusion_counts, macro_f1
 from medaug.training.temperature import expected_calibration_error
 
 NO_ORDER = "the classes have no order"
-_MOST_PAIRS = 10_000_000  # of cases held at once (80 MB); test sets beyond some 5,000 cases are scored run by run
+_MOST_PAIRS = 10_000_000  # of cases, held at once (80 MB); test sets beyond some 5,000 cases are scored run by run
+_LEAST_PROBABILITY = 5e-7  # rows hold six decimals, so a 0 stands for anything below this
 
 __all__ = [
     "BOOTSTRAP_METRICS",
     "COUNT_METRICS",
     "NO_ORDER",
+    "RANKING",
     "accuracy",
     "balanced_accuracy",
     "checked_predictions",
     "classification_metrics",
     "grade_error",
     "macro_auc",
-    "mean_auc",
+    "pair_auc",
     "quadratic_kappa",
     "ratio",
 ]
@@ -101,42 +103,53 @@ def macro_auc(target: np.ndarray, probs: np.ndarray, weights: np.ndarray | None 
     return np.mean([_weighted_auc(probs[:, index], target == index, weights) for index in classes], axis=0)
 
 
-def mean_auc(target: np.ndarray, probs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """`macro_auc`, averaged over runs, as a function of how often each case counts.
+def pair_auc(target: np.ndarray, probs: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """How well classes are told apart wherever they are cut, averaged over runs, as a function of how often each case counts.
 
-    The AUC is the share of pairs of a positive and a negative case that are in order (Mann and Whitney 1947), and the share can be averaged
-    over runs before the cases are weighted: one matrix for all of them.
+    The AUC of every pair of classes (Hand and Till 2001, Machine Learning 45), with the cases of both in the order of the odds p_j / p_i: what
+    multiplies the odds of a class for all cases alike, as a threshold or another share of classes does, changes no order. (One-versus-rest
+    AUCs of three classes and more do change then.) An AUC is the share of pairs of cases in order (Mann and Whitney 1947), which is
+    averaged over runs before the cases are weighted.
 
     Args:
         target: (N,) class indices.  probs: (S, N, K).
 
     Returns:
-        (R, N) weights -> (R,) values, NaN where a class is absent.
+        (R, N) weights -> (R,) mean over the pairs of classes that occur, NaN where fewer than two do.
     """
-    classes = [1] if probs.shape[2] == 2 else range(probs.shape[2])
-    positives = [np.flatnonzero(target == index) for index in classes]
-    negatives = [np.flatnonzero(target != index) for index in classes]
-    if max(len(ours) * len(rest) for ours, rest in zip(positives, negatives, strict=True)) > _MOST_PAIRS:
-        return lambda weights: np.mean([macro_auc(target, run, weights) for run in probs], axis=0)
+    cases = [np.flatnonzero(target == index) for index in range(probs.shape[2])]
+    pairs = [(i, j) for j in range(len(cases)) for i in range(j) if len(cases[i]) and len(cases[j])]
+    scores = np.log(np.maximum(probs, _LEAST_PROBABILITY))
 
-    def in_order(index: int, ours: np.ndarray, rest: np.ndarray) -> np.ndarray:
-        """(P, Q) share of the runs in which the positive case scores above the negative one, ties counted half."""
-        total = np.zeros((len(ours), len(rest)))
-        for run in probs:
-            up, down = run[ours, index][:, None], run[rest, index][None, :]
+    def odds(run: np.ndarray, i: int, j: int) -> np.ndarray:
+        return run[:, j] - run[:, i]
+
+    def by_run(weights: np.ndarray, i: int, j: int) -> np.ndarray:
+        both = np.concatenate([cases[j], cases[i]])
+        positive = np.arange(len(both)) < len(cases[j])
+        return np.mean([_weighted_auc(odds(run, i, j)[both], positive, weights[:, both]) for run in scores], axis=0)
+
+    def in_order(i: int, j: int) -> np.ndarray:
+        """(N_j, N_i) share of the runs in which the case of class j has the higher odds of it, ties counted half."""
+        total = np.zeros((len(cases[j]), len(cases[i])))
+        for run in scores:
+            up, down = odds(run, i, j)[cases[j], None], odds(run, i, j)[None, cases[i]]
             total += (up > down) + (up == down) / 2
-        return total / len(probs)
+        return total / len(scores)
 
-    shares = [in_order(index, ours, rest) for index, ours, rest in zip(classes, positives, negatives, strict=True)]
+    few = sum(len(cases[i]) * len(cases[j]) for i, j in pairs) <= _MOST_PAIRS
+    shares = {pair: in_order(*pair) for pair in pairs} if few else {}
 
-    def of(weights: np.ndarray) -> np.ndarray:
-        parts = []
-        for share, ours, rest in zip(shares, positives, negatives, strict=True):
-            up, down = weights[:, ours], weights[:, rest]
-            parts.append(ratio(((up @ share) * down).sum(1), up.sum(1) * down.sum(1)))
-        return np.mean(parts, axis=0)
+    def at_once(weights: np.ndarray, i: int, j: int) -> np.ndarray:
+        up, down = weights[:, cases[j]], weights[:, cases[i]]
+        return ratio(((up @ shares[i, j]) * down).sum(1), up.sum(1) * down.sum(1))
 
-    return of
+    def mean(weights: np.ndarray) -> np.ndarray:
+        of_pairs = np.array([(at_once if few else by_run)(weights, *pair) for pair in pairs]).reshape(len(pairs), len(weights))
+        known = ~np.isnan(of_pairs)
+        return ratio(np.where(known, of_pairs, 0).sum(0), known.sum(0))
+
+    return mean
 
 
 COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -146,7 +159,8 @@ COUNT_METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "quadratic_kappa": quadratic_kappa,
     "grade_mae": grade_error,
 }
-BOOTSTRAP_METRICS = (*COUNT_METRICS, "auc")
+RANKING = "pair_auc"
+BOOTSTRAP_METRICS = (*COUNT_METRICS, "auc", RANKING)
 
 
 def classification_metrics(target: np.ndarray, probs: np.ndarray, *, ordinal: bool) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from medaug.grading.metrics import RANKING
 from medaug.grading.statistics import (
     TIE_DECIMALS,
     PairedDifference,
@@ -57,9 +58,7 @@ class Scores:
         num_groups: of the test set.
         recalls: arm -> (1 + R, K) recall of every class, mean over networks and seeds.
         recalls_by_seed: arm -> (S, K) on the test set, mean over networks.
-        ranking: arm -> (1 + R,) area under the ROC curve (mean one-versus-rest), which no shift of a threshold changes; mean over
-            networks and seeds.
-        ranking_by_seed: arm -> S values on the test set, mean over networks.
+        ranking: the same of `pair_auc`, which does not depend on where the classes are cut.
     """
 
     metric: str
@@ -69,8 +68,7 @@ class Scores:
     num_groups: int
     recalls: Mapping[str, np.ndarray] = field(default_factory=dict)
     recalls_by_seed: Mapping[str, np.ndarray] = field(default_factory=dict)
-    ranking: Mapping[str, np.ndarray] = field(default_factory=dict)
-    ranking_by_seed: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    ranking: Scores | None = None
 
     def seed_differences(self, arm: str, other: str) -> list[float]:
         """Arm minus other for each seed: how much a verdict owes to chance in training."""
@@ -96,12 +94,6 @@ class Scores:
             for index in range(ours.shape[1])
         ]
 
-    def compare_ranking(self, arm: str, other: str) -> PairedDifference:
-        """Arm minus other in the area under the ROC curve; the interval covers what that of `compare` does."""
-        pairs = zip(self.ranking_by_seed[arm], self.ranking_by_seed[other], strict=True)
-        seeds = [round(ours - theirs, TIE_DECIMALS) for ours, theirs in pairs]
-        return with_training_luck(compare_scores(self.ranking[arm], self.ranking[other]), seeds, self.num_groups)
-
     def interval(self, arm: str) -> tuple[float, float, float]:
         """The arm's score over all networks and its 95 % percentile interval over the test groups; NaN where it is undefined."""
         known = self.pooled[arm][1:][~np.isnan(self.pooled[arm][1:])]
@@ -110,40 +102,43 @@ class Scores:
 
 
 def score_cells(predictions: Predictions, metric: str, *, num_resamples: int = 10_000, seed: int = 0) -> Scores:
-    """Score every cell of a benchmark; see `bootstrap_scores`."""
-    target, groups, networks = predictions.target, predictions.groups, predictions.networks
-    cells = {
-        cell: bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed)
-        for cell, probs in predictions.probs.items()
-    }
-    pooled = {arm: np.mean([cells[arm, network] for network in networks], axis=0) for arm in predictions.arms}
-
-    runs = {arm: [predictions.probs[arm, network] for network in networks] for arm in predictions.arms}
-    num_seeds = len(next(iter(predictions.probs.values())))
-
-    def of_seeds(arm: str, name: str) -> list[float]:
-        by_seed = [np.stack([one[index] for one in runs[arm]]) for index in range(num_seeds)]
-        return [float(bootstrap_scores(target, groups, one, name, num_resamples=0)[0]) for one in by_seed]
+    """Score every cell of a benchmark, with the recall of every class and the ranking; see `bootstrap_scores`."""
+    target, groups = predictions.target, predictions.groups
+    runs = _runs(predictions)
 
     def recalls(own: Sequence[np.ndarray], resamples: int) -> np.ndarray:
         return bootstrap_recalls(target, groups, np.stack(own), num_resamples=resamples, seed=seed)
 
-    by_class = {arm: recalls(list(np.concatenate(own)), num_resamples) for arm, own in runs.items()}
-    by_class_and_seed = {
-        arm: np.stack([recalls([one[index] for one in own], 0)[0] for index in range(num_seeds)]) for arm, own in runs.items()
+    of_seeds = {arm: [[one[index] for one in own] for index in range(len(own[0]))] for arm, own in runs.items()}
+    return replace(
+        _scored(predictions, metric, num_resamples, seed),
+        recalls={arm: recalls(list(np.concatenate(own)), num_resamples) for arm, own in runs.items()},
+        recalls_by_seed={arm: np.stack([recalls(own, 0)[0] for own in by_seed]) for arm, by_seed in of_seeds.items()},
+        ranking=_scored(predictions, RANKING, num_resamples, seed),
+    )
+
+
+def _runs(predictions: Predictions) -> dict[str, list[np.ndarray]]:
+    """Arm -> (S, N, K) of every network."""
+    return {arm: [predictions.probs[arm, network] for network in predictions.networks] for arm in predictions.arms}
+
+
+def _scored(predictions: Predictions, metric: str, num_resamples: int, seed: int) -> Scores:
+    """The scores of one metric alone."""
+    target, groups = predictions.target, predictions.groups
+    cells = {
+        cell: bootstrap_scores(target, groups, probs, metric, num_resamples=num_resamples, seed=seed)
+        for cell, probs in predictions.probs.items()
     }
-    ranking = {
-        arm: bootstrap_scores(target, groups, np.concatenate(own), "auc", num_resamples=num_resamples, seed=seed)
-        for arm, own in runs.items()
-    }
+
+    def by_seed(own: Sequence[np.ndarray]) -> list[float]:
+        seeds = [np.stack([one[index] for one in own]) for index in range(len(own[0]))]
+        return [float(bootstrap_scores(target, groups, one, metric, num_resamples=0)[0]) for one in seeds]
+
     return Scores(
         metric,
         cells,
-        pooled,
-        {arm: of_seeds(arm, metric) for arm in predictions.arms},
+        {arm: np.mean([cells[arm, network] for network in predictions.networks], axis=0) for arm in predictions.arms},
+        {arm: by_seed(own) for arm, own in _runs(predictions).items()},
         len(set(groups)),
-        by_class,
-        by_class_and_seed,
-        ranking,
-        {arm: of_seeds(arm, "auc") for arm in predictions.arms},
     )

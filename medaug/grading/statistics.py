@@ -15,7 +15,7 @@ from scipy import optimize, special, stats
 
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError
-from medaug.grading.metrics import BOOTSTRAP_METRICS, COUNT_METRICS, checked_predictions, mean_auc, ratio
+from medaug.grading.metrics import BOOTSTRAP_METRICS, COUNT_METRICS, RANKING, checked_predictions, macro_auc, pair_auc, ratio
 
 TIE_DECIMALS = 12  # of a score: equal counts summed in another order differ in the last bit, which is no difference
 _CHUNK_ELEMENTS = 4_000_000  # resamples x cases held at once (32 MB)
@@ -122,7 +122,9 @@ def _scorer(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The function (R, G) multiplicities of the groups -> (R,) metric, mean over the runs."""
     if metric == "auc":
-        of_cases = mean_auc(target, probs)
+        return lambda weights: np.mean([macro_auc(target, run, weights[:, member]) for run in probs], axis=0)
+    if metric == RANKING:
+        of_cases = pair_auc(target, probs)
         return lambda weights: of_cases(weights[:, member])
     num_runs, _, num_classes = probs.shape
     # Confusion counts add up over groups, so a resample is one row of a matrix product.

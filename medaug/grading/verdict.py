@@ -7,8 +7,8 @@ plain training lies below 0, also after Holm's correction. Both ask every seed t
 Everything else is "no evidence", which is not "no effect".
 
 Both metrics depend on where the classes are cut: images that make a network say one class more often can raise them, and a threshold
-would have done the same. The area under the ROC curve does not, so it is given beside every verdict, and a verdict that it does not
-share says so.
+may have done the same. The area under the ROC curve does not (`pair_auc`), so it is given beside every verdict, and a verdict for which
+it shows no difference says so.
 
 The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
 luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -112,16 +113,19 @@ def judge(
     Returns:
         arm -> verdict ("helps", "no evidence", "harms"), sentence, metric, opponents, against_none, against_control and
         against_views (difference, low, high, p_value, p_holm, score_a, score_b ...; None without such a control),
-        seed_differences, ranking (area under the ROC curve against none), per_class (class by class), per_network and
+        seed_differences, ranking (against_none, against_control, per_network of `pair_auc`), per_class (class by class), per_network and
         per_network_control, wilcoxon and wilcoxon_control (with wins and p_holm), validation_difference, warnings.
     """
     metric = primary_metric(ordinal)
     opponents = default_opponents(predictions.arms) if opponents is None else opponents
     check_complete(predictions, opponents)
     scores = scores or score_cells(predictions, metric, num_resamples=num_resamples, seed=seed)
-    none = _comparison(scores, {arm: other.baseline for arm, other in opponents.items()})
-    control = _comparison(scores, {arm: other.control for arm, other in opponents.items() if other.control})
-    views = _comparison(scores, {arm: other.views for arm, other in opponents.items() if other.views})
+    kinds = [
+        {arm: name for arm, other in opponents.items() if (name := of(other)) is not None}
+        for of in (attrgetter("baseline"), attrgetter("control"), attrgetter("views"))
+    ]
+    none, control, views = (_comparison(scores, kind) for kind in kinds)
+    ranking = [_comparison(scores.ranking, kind) for kind in kinds] if scores.ranking else []
     has_control = CONTROL in {arm.partition("@")[0] for arm in predictions.arms}
     warnings = _warnings(predictions, notes, has_control)
     verdicts: dict[str, dict[str, Any]] = {}
@@ -133,18 +137,18 @@ def judge(
         spoken = "helps" if helped else "harms" if harmed else "no evidence"
         verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
         results = [family.overall.get(arm) for family in (none, control, views)]
-        ranking = scores.compare_ranking(arm, other.baseline) if arm in scores.ranking else None
+        ranked = [family.overall[arm] for family in ranking if arm in family.overall]
         verdicts[arm] = {
             "verdict": verdict,
             "sentence": _sentence(arm, verdict, METRIC_LABELS[metric], other, results, seeds, len(predictions.networks))
-            + _unranked(verdict, ranking),
+            + _unranked(verdict, ranked),
             "metric": metric,
             "opponents": asdict(other),
             "against_none": none.plain(arm),
             "against_control": control.plain(arm),
             "against_views": views.plain(arm),
             "seed_differences": [_none_if_nan(value) for value in seeds],
-            "ranking": _plain(ranking) if ranking is not None else None,
+            "ranking": _ranking(ranking, arm),
             "per_class": _per_class(scores, arm, other),
             "per_network": none.plain_networks(arm),
             "per_network_control": control.plain_networks(arm),
@@ -265,17 +269,27 @@ def _sentence(
     return text + "."
 
 
-def _unranked(verdict: str, ranking: PairedDifference | None) -> str:
-    """What weakens a verdict: cases are ranked no better, or no worse, than before, so that a threshold would do the same."""
-    if ranking is None or math.isnan(ranking.difference) or verdict == "no evidence":
+def _ranking(families: Sequence[_Family], arm: str) -> dict[str, Any] | None:
+    """The ranking of an arm as JSON; None where it was not scored."""
+    if not families:
+        return None
+    none, control, _ = families
+    return {"against_none": none.plain(arm), "against_control": control.plain(arm), "per_network": none.plain_networks(arm)}
+
+
+def _unranked(verdict: str, ranked: Sequence[PairedDifference]) -> str:
+    """What weakens a verdict: no difference in the ranking was shown (`ranked`: against none first), so a threshold may do as much."""
+    if not ranked or verdict == "no evidence":
         return ""
-    shown = ranking.low > 0 if verdict == "helps" else ranking.high < 0
-    if shown:
+    none = ranked[0]
+    if math.isnan(none.difference):
+        return " Whether classes are told apart better is unknown: the area under the ROC curve is undefined on this test split."
+    if all(one.low > 0 for one in ranked) if verdict == "helps" else none.high < 0:
         return ""
-    word = "gain" if verdict == "helps" else "loss"
+    word, moved = ("gain", "bring without new images") if verdict == "helps" else ("loss", "undo")
     return (
-        f" The area under the ROC curve shows no such {word} ({ranking.score_a:.3f} against {ranking.score_b:.3f}, {ranking.difference:+.3f}, "
-        f"{ranking.low:+.3f} to {ranking.high:+.3f}): it may lie in where the classes are cut, which a threshold could do too."
+        f" No {word} in the area under the ROC curve was shown ({none.score_a:.3f} against {none.score_b:.3f}, {none.difference:+.3f}, "
+        f"{none.low:+.3f} to {none.high:+.3f}): it may lie in where the classes are cut, in part or in whole, which a threshold could {moved}."
     )
 
 

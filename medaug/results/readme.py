@@ -139,14 +139,23 @@ def _arm(entry: Mapping[str, Any]) -> dict[str, str]:
         parts.append(f"against real images in the same views: Holm-adjusted p {figure(entry['against_views']['p_holm'])}")
     if entry["validation_difference"] is not None:
         parts.append(f"difference to none on validation {figure(entry['validation_difference'], signed=True)}")
-    if (ranking := entry["ranking"]) and ranking["difference"] is not None:
-        interval = f"{figure(ranking['low'], signed=True)} to {figure(ranking['high'], signed=True)}"
-        parts.append(
-            f"area under the ROC curve {figure(ranking['score_a'])} against {figure(ranking['score_b'])}, "
-            f"{figure(ranking['difference'], signed=True)} ({interval})"
-        )
+    parts += _ranked(entry["ranking"] or {})
     details = f"{'; '.join(parts)}."
     return {"verdict": VERDICTS[entry["verdict"]], "sentence": entry["sentence"], "details": details[0].upper() + details[1:]}
+
+
+def _ranked(ranking: Mapping[str, Any]) -> list[str]:
+    """The area under the ROC curve against plain training and, where there is one, the control."""
+    none, control = ranking.get("against_none"), ranking.get("against_control")
+    if not none or none["difference"] is None:
+        return ["area under the ROC curve undefined"] if none else []
+
+    def interval(result: Mapping[str, Any]) -> str:
+        low, high = (figure(result[name], signed=True) for name in ("low", "high"))
+        return f"{figure(result['difference'], signed=True)} ({low} to {high})"
+
+    text = f"area under the ROC curve {figure(none['score_a'])} against {figure(none['score_b'])}, {interval(none)}"
+    return [text + (f"; against repeated real images {interval(control)}" if control else "")]
 
 
 def _tested(words: str, result: Mapping[str, Any], ranks: Mapping[str, Any], name: str) -> str:

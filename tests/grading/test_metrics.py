@@ -66,21 +66,61 @@ def test_refusal_of_targets_that_do_not_fit():
         metrics.classification_metrics(target[:5], probs, ordinal=False)
 
 
+def reference_pair_auc(target, probs, weights):
+    """Each pair of classes by scikit-learn, on its cases alone, by the odds of the two."""
+    found = []
+    for j in range(probs.shape[1]):
+        for i in range(j):
+            both = np.isin(target, (i, j)) & (weights > 0)
+            if len(set(target[both])) == 2:
+                odds = np.log(np.maximum(probs, 5e-7))[both]
+                found.append(reference.roc_auc_score(target[both] == j, odds[:, j] - odds[:, i], sample_weight=weights[both]))
+    return np.mean(found) if found else np.nan
+
+
 @given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([None, 1]))
 @settings(deadline=None, max_examples=15)
-def test_the_mean_auc_of_runs_equals_that_of_each_run_also_with_repeated_and_absent_cases(seed, num_classes, decimals):
+def test_the_ranking_of_classes_equals_scikit_learn_also_with_repeated_and_absent_cases(seed, num_classes, decimals):
     target, _ = predictions(seed, num_cases=30, num_classes=num_classes)
     runs = np.stack([predictions(seed + run, 30, num_classes, decimals)[1] for run in range(3)])
     weights = np.random.default_rng(seed).integers(0, 3, (6, 30)).astype(float)
     weights[5, target == 1] = 0  # a resample without the class
-    found = metrics.mean_auc(target, runs)(weights)
-    assert found == pytest.approx(np.mean([metrics.macro_auc(target, run, weights) for run in runs], axis=0), nan_ok=True)
-    assert np.isnan(found[5])
+    found = metrics.pair_auc(target, runs)(weights)
+    expected = [np.mean([reference_pair_auc(target, run, row) for run in runs]) for row in weights]
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(found[5]) == (num_classes == 2)
 
 
-def test_the_mean_auc_of_many_cases_is_computed_without_the_pairs(monkeypatch):
+@given(st.integers(0, 10_000), st.integers(2, 4))
+@settings(deadline=None, max_examples=15)
+def test_a_moved_boundary_changes_no_ranking(seed, num_classes):
+    target, probs = predictions(seed, num_classes=num_classes)
+    moved = probs * np.random.default_rng(seed).uniform(0.2, 5, num_classes)  # as another share of classes in training does
+    moved /= moved.sum(1, keepdims=True)
+    weights = np.ones((1, len(target)))
+    assert metrics.pair_auc(target, moved[None])(weights) == pytest.approx(metrics.pair_auc(target, probs[None])(weights))
+
+
+def test_of_two_classes_the_ranking_is_the_usual_area():
+    target, probs = predictions(1, num_classes=2, decimals=2)
+    weights = np.random.default_rng(0).integers(0, 3, (4, 60)).astype(float)
+    assert metrics.pair_auc(target, probs[None])(weights) == pytest.approx(metrics.macro_auc(target, probs, weights))
+
+
+def test_a_class_that_the_test_split_lacks_is_left_out_of_the_ranking():
+    target, probs = predictions(2, num_classes=3)
+    present = target != 1
+    found = metrics.pair_auc(target[present], probs[None, present])(np.ones((1, present.sum())))
+    assert found == pytest.approx(reference_pair_auc(target[present], probs[present], np.ones(present.sum())))
+    assert np.isnan(metrics.pair_auc(np.zeros(5, int), probs[None, :5])(np.ones((1, 5))))
+
+
+def test_the_ranking_of_many_cases_is_computed_run_by_run(monkeypatch):
     target, probs = predictions(3)
     weights = np.random.default_rng(0).integers(0, 3, (4, 60)).astype(float)
-    whole = metrics.mean_auc(target, probs[None])(weights)
+    whole = metrics.pair_auc(target, probs[None])(weights)
+    called = []
+    weighted = metrics._weighted_auc
     monkeypatch.setattr(metrics, "_MOST_PAIRS", 10)
-    assert metrics.mean_auc(target, probs[None])(weights) == pytest.approx(whole)
+    monkeypatch.setattr(metrics, "_weighted_auc", lambda *given: called.append(1) or weighted(*given))
+    assert metrics.pair_auc(target, probs[None])(weights) == pytest.approx(whole) and called

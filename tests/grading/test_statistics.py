@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 
 from medaug.errors import ConfigError, DataError
 from medaug.grading import statistics
-from medaug.grading.metrics import BOOTSTRAP_METRICS, classification_metrics
+from medaug.grading.metrics import BOOTSTRAP_METRICS, RANKING, classification_metrics, pair_auc
 from tests.grading.predictions import predictions
 
 
@@ -24,6 +24,16 @@ def test_identical_predictions_differ_by_nothing(metric):
     groups = [f"g{index // 2}" for index in range(len(target))]
     result = statistics.paired_bootstrap(target, groups, probs[None], probs[None], metric, num_resamples=200)
     assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
+
+
+def of_cases(metric, target, probs):
+    """The metric of cases that stand as often as they count."""
+    if metric == RANKING:
+        return pair_auc(target, probs[None])(np.ones((1, len(target))))[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = classification_metrics(target, probs, ordinal=True)[metric]
+    return math.nan if value is None else value
 
 
 @pytest.mark.parametrize("metric", BOOTSTRAP_METRICS)
@@ -41,10 +51,7 @@ def test_bootstrap_equals_resampling_the_cases_themselves(metric):
         cases = np.concatenate([np.tile(np.flatnonzero(groups == name), count) for name, count in zip(names, draw, strict=True)])
         singles = []
         for probs in (probs_a, probs_b):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                row = classification_metrics(target[cases.astype(int)], probs[cases.astype(int)], ordinal=True)
-            singles.append(math.nan if row[metric] is None else row[metric])
+            singles.append(of_cases(metric, target[cases.astype(int)], probs[cases.astype(int)]))
         assert score == pytest.approx(np.mean(singles), nan_ok=True)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from medaug.errors import ConfigError, DataError
+from medaug.grading.metrics import macro_auc
 from medaug.grading.scores import Scores
 from medaug.grading.statistics import compare_scores
 from medaug.grading.verdict import Opponents, Predictions, default_opponents, judge, primary_metric
@@ -194,8 +195,44 @@ def test_a_verdict_that_a_threshold_would_earn_says_so():
         "better": "helps",
         "worse": "harms",
     }
-    assert verdicts["moved"]["ranking"]["difference"] == pytest.approx(0, abs=1e-9)
-    assert "shows no such gain" in verdicts["moved"]["sentence"] and "threshold" in verdicts["moved"]["sentence"]
-    assert "shows no such loss" in verdicts["worse"]["sentence"]
-    assert verdicts["better"]["ranking"]["low"] > 0 and "ROC" not in verdicts["better"]["sentence"]
-    assert "ROC" not in verdicts["oversample"]["sentence"]
+    moved = verdicts["moved"]["ranking"]
+    assert moved["against_none"]["difference"] == pytest.approx(0, abs=1e-9)
+    assert "No gain in the area under the ROC curve was shown" in verdicts["moved"]["sentence"]
+    assert "threshold could bring without new images" in verdicts["moved"]["sentence"]
+    assert "No loss" in verdicts["worse"]["sentence"] and "threshold could undo" in verdicts["worse"]["sentence"]
+    assert verdicts["better"]["ranking"]["against_none"]["low"] > 0 < verdicts["better"]["ranking"]["against_control"]["low"]
+    assert "ROC" not in verdicts["better"]["sentence"] and "ROC" not in verdicts["oversample"]["sentence"]
+    assert verdicts["oversample"]["ranking"]["against_control"] is None
+    assert set(verdicts["better"]["ranking"]["per_network"]) == {"net"}
+
+
+@pytest.mark.parametrize("ordinal", [False, True])
+def test_with_four_classes_too_a_moved_boundary_is_called_so(ordinal):
+    generator = np.random.default_rng(0)
+    target = np.arange(600) % 4
+    logits = generator.normal(size=(5, 600, 4)) * 0.3 + generator.normal(size=(600, 4)) + 1.5 * np.eye(4)[target]
+    biased = logits + np.array([2.0, 0, 0, 0])
+
+    def softmax(values):
+        return np.exp(values) / np.exp(values).sum(-1, keepdims=True)
+
+    arms = {"none": softmax(biased), "oversample": softmax(biased), "moved": softmax(logits)}
+    predictions = Predictions(target, [f"g{index}" for index in range(600)], {(arm, "net"): p for arm, p in arms.items()}, {})
+    entry = judge(predictions, ordinal=ordinal, num_resamples=1000)["moved"]
+    assert entry["verdict"] == "helps" and "No gain in the area" in entry["sentence"]
+
+
+def test_the_ranking_covers_the_luck_of_training_and_compares_with_the_arms_own_baseline():
+    target, plain = two_classes(1.0, seed=4)
+    noise = np.random.default_rng(1).normal(size=(5, 1, 2)) * [1.0, 0]
+    other = (
+        np.exp(np.log(plain) * np.exp(noise[..., :1]))
+        + 0.3 * np.random.default_rng(2).random((5, 600, 2)) * np.arange(5)[:, None, None]
+    )
+    other /= other.sum(-1, keepdims=True)
+    arms = {"none": two_classes(0.5, seed=4)[1], "none@real0.5": plain, "x": other}
+    predictions = Predictions(target, [f"g{index}" for index in range(600)], {(arm, "net"): p for arm, p in arms.items()}, {})
+    entry = judge(predictions, ordinal=False, opponents={"x": Opponents(baseline="none@real0.5")}, num_resamples=500)["x"]
+    found, alone = entry["ranking"]["against_none"], entry["ranking"]["per_network"]["net"]
+    assert found["score_b"] == pytest.approx(np.mean([macro_auc(target, run)[0] for run in plain]))
+    assert found["high"] - found["low"] > alone["high"] - alone["low"]  # one network: the same bootstrap without the seeds
