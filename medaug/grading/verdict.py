@@ -286,10 +286,10 @@ def _unranked(verdict: str, ranked: Sequence[PairedDifference]) -> str:
         return " Whether classes are told apart better is unknown: the area under the ROC curve is undefined on this test split."
     if all(one.low > 0 for one in ranked) if verdict == "helps" else none.high < 0:
         return ""
-    word, moved = ("gain", "bring without new images") if verdict == "helps" else ("loss", "undo")
+    word, moved = ("gain", "bring that without new images") if verdict == "helps" else ("loss", "undo that")
     return (
         f" No {word} in the area under the ROC curve was shown ({none.score_a:.3f} against {none.score_b:.3f}, {none.difference:+.3f}, "
-        f"{none.low:+.3f} to {none.high:+.3f}): it may lie in where the classes are cut, in part or in whole, which a threshold could {moved}."
+        f"{none.low:+.3f} to {none.high:+.3f}), so the {word} may lie, in part or in whole, in where the classes are cut: a threshold could {moved}."
     )
 
 

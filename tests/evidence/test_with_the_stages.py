@@ -55,5 +55,7 @@ def test_records_of_the_stages_are_read(make_cohort: Callable[..., Cohort], tmp_
     assert f"drawn: test {sum(scores) / 2:.3f}" in page
     difference = result["verdict"]["drawn"]["against_none"]["difference"]
     assert f"drawn: {result['verdict']['drawn']['verdict']}, {difference:+.3f} (95 %" in page
+    area = result["verdict"]["drawn"]["ranking"]["against_none"]["difference"]
+    assert f", in the area under the ROC curve {area:+.3f} (95 %" in page
     assert f"drawn ({len(real.training) + len(made.training)} training images, {len(made.training)} of them synthetic" in page
     assert "batch_size=4" in (tmp_path / "out" / "MODEL_CARD.md").read_text()

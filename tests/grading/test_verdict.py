@@ -198,7 +198,7 @@ def test_a_verdict_that_a_threshold_would_earn_says_so():
     moved = verdicts["moved"]["ranking"]
     assert moved["against_none"]["difference"] == pytest.approx(0, abs=1e-9)
     assert "No gain in the area under the ROC curve was shown" in verdicts["moved"]["sentence"]
-    assert "threshold could bring without new images" in verdicts["moved"]["sentence"]
+    assert "threshold could bring that without new images" in verdicts["moved"]["sentence"]
     assert "No loss" in verdicts["worse"]["sentence"] and "threshold could undo" in verdicts["worse"]["sentence"]
     assert verdicts["better"]["ranking"]["against_none"]["low"] > 0 < verdicts["better"]["ranking"]["against_control"]["low"]
     assert "ROC" not in verdicts["better"]["sentence"] and "ROC" not in verdicts["oversample"]["sentence"]

@@ -64,6 +64,12 @@ def test_figures_are_those_of_the_verdict(world: Path, page: Path) -> None:
             f"gainst none: p {none['p_value']:.3f}, Holm-adjusted {none['p_holm']:.3f}, better in {entry['wilcoxon']['wins']} of 2"
             in text
         )
+        area = entry["ranking"]["against_none"]
+        assert (
+            f"area under the ROC curve {area['score_a']:.3f} against {area['score_b']:.3f}, {area['difference']:+.3f} (" in text
+        )
+    area = verdict["drawn"]["ranking"]["against_control"]
+    assert f"; against repeated real images {area['difference']:+.3f} ({area['low']:+.3f} to {area['high']:+.3f})." in text
     control = verdict["drawn"]["against_control"]
     assert f"against repeated real images (oversample): p {control['p_value']:.3f}, Holm-adjusted {control['p_holm']:.3f}" in text
     for name in (
