@@ -18,7 +18,7 @@ def report(
         bool, typer.Option("--unfinished", help="Write a page though training runs are missing; it says so.")
     ] = False,
     samples: Annotated[
-        bool, typer.Option("--samples", help="Add a sheet of accepted images; a generator of few images may repeat some of them.")
+        bool, typer.Option("--samples", help="Add a sheet of accepted images, of the sets whose gate looked for copies.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -24,8 +24,10 @@ __all__ = ["PER_CLASS", "SAMPLES_NAME", "samples_png"]
 def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
     """The sheet of a folder of `medaug experiment` or `augment`, or the one that a page has, as a PNG file.
 
+    Only sets whose gate looked for copies of training images are shown: the others may be pictures of patients.
+
     Raises:
-        DataError: `samples-missing`: the folder holds no accepted images.
+        DataError: `samples-missing`: the folder holds no accepted images.  `samples-unchecked`: no set was looked at for copies.
     """
     folder = Path(folder)
     if is_page(folder):
@@ -46,12 +48,23 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
             "samples-missing",
             f"{folder.name} holds no accepted images; --samples needs a folder of `medaug experiment` or `medaug augment`.",
         )
-    side = 0.5 * PER_CLASS
-    figure = new_figure(side + 1.6, sum(0.5 * len(classes) + 0.5 for _ in sets))
-    for axis, (title, made) in zip(figure.subplots(len(sets), squeeze=False)[:, 0], sets.items(), strict=True):
+    sets = {title: made for title, made in sets.items() if all(_looked_at(case) for case in made.training)}
+    if not sets:
+        raise DataError(
+            "samples-unchecked",
+            "No gate looked for copies of training images, so no image is shown; gate with the check `copies`, or leave --samples out.",
+        )
+    # In inches, placed by hand: a layout engine cuts long names of classes off beside panels of a fixed aspect.
+    names, side, panel, title_height = 0.065 * max(map(len, classes)) + 0.25, 0.5 * PER_CLASS, 0.5 * len(classes), 0.35
+    width, height = names + side + 0.1, (panel + title_height) * len(sets) + 0.1
+    figure = new_figure(width, height)
+    figure.set_layout_engine("none")
+    for place, (title, made) in enumerate(sets.items(), start=1):
+        bottom = height - place * (panel + title_height)
+        axis = figure.add_axes((names / width, bottom / height, side / width, panel / height))
         sheet = contact_sheet([_spread(made, label) for label in range(len(classes))], PER_CLASS, made.image_size, made.channels)
         step = sheet.shape[0] / len(classes)
-        axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axis.set_yticks([step * (label + 0.5) for label in range(len(classes))], [literal(name) for name in classes], fontsize=8)
         axis.set_xticks([])
         for label in set(range(len(classes))) - {case.label for case in made.training}:
@@ -59,6 +72,11 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)
     return png(figure)
+
+
+def _looked_at(case: Case) -> bool:
+    """True if the check `copies` has measured how near the image is to a training image."""
+    return (case.lineage or {}).get("nearest_training_distance") is not None
 
 
 def _spread(made: Cohort, label: int) -> list[np.ndarray | None]:

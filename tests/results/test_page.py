@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from medaug import storage
-from medaug.cohort import read_cohort
+from medaug.cohort import read_cohort, write_cohort
 from medaug.errors import DataError, MedaugError, StorageError
 from medaug.grading.figures import confusion_figure, png
 from medaug.grading.tables import number, table_rows
@@ -325,6 +326,13 @@ def test_other_peoples_files_are_left_alone(world: Path, bench: Path, tmp_path: 
     refused(tmp_path / "page", "page-edited")
 
 
+def look_for_copies(folder: Path) -> None:
+    """Write down a distance for every image, as the gate's check does."""
+    made = read_cohort(folder)
+    cases = [replace(case, lineage={**(case.lineage or {}), "nearest_training_distance": 1.0}) for case in made.training]
+    write_cohort(made.with_cases(training=cases), folder)
+
+
 def test_samples_need_images(world: Path, page: Path, tmp_path: Path) -> None:
     for folder in (world / "bench", page):
         with pytest.raises(DataError, match="samples-missing"):
@@ -332,6 +340,9 @@ def test_samples_need_images(world: Path, page: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "accepted", tmp_path / "job" / "accepted")
     shutil.copytree(world / "bench", tmp_path / "job" / "benchmark")
     storage.write_json(tmp_path / "job" / "augment.json", {"bundle": "drawn"})
+    with pytest.raises(DataError, match="samples-unchecked.*No gate looked for copies"):
+        write_page(tmp_path / "job", tmp_path / "page", samples=True)
+    look_for_copies(tmp_path / "job" / "accepted")
     write_page(tmp_path / "job", tmp_path / "page", samples=True)
     assert "![accepted synthetic images](samples.png)" in (tmp_path / "page" / "README.md").read_text()
     assert (tmp_path / "page" / "samples.png").read_bytes().startswith(b"\x89PNG")
@@ -347,9 +358,13 @@ def test_every_set_of_images_has_a_panel(world: Path, tmp_path: Path) -> None:
     heights = []
     for place in ("accepted/plain", "feedback/rounds/accepted"):
         shutil.copytree(world / "accepted", tmp_path / place)
+        look_for_copies(tmp_path / place)
         (tmp_path / "sheet.png").write_bytes(samples_png(tmp_path, CLASSES))
         heights.append(Image.open(tmp_path / "sheet.png").height)
     assert heights[1] > 1.8 * heights[0]
+    shutil.copytree(world / "accepted", tmp_path / "accepted" / "unchecked")
+    (tmp_path / "sheet.png").write_bytes(samples_png(tmp_path, CLASSES))
+    assert Image.open(tmp_path / "sheet.png").height == heights[1]
 
 
 def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ SHARED: dict[str, Any] = {
     # Long enough for images that show something: the gate turns away flat ones.
     "training": {"batch_size": 8, "max_epochs": 4, "epoch_length": 30, "preview_every": 0, "device_name": "cpu"},
     "generating": {"counts": [2, 2, 2], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 6}},
-    "gate": {"checks": ["usable"]},
+    "gate": {"checks": ["usable", "copies"]},
 }
 EXPERIMENT = {
     "title": "One row",
