@@ -141,10 +141,9 @@ def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifferen
     differences = np.round(scores_a[1:] - scores_b[1:], TIE_DECIMALS)
     known = differences[~np.isnan(differences)]
     num_undefined = len(differences) - len(known)
-    if not len(known) or math.isnan(scores_a[0] - scores_b[0]):
-        return PairedDifference(
-            math.nan, math.nan, math.nan, 1.0, float(scores_a[0]), float(scores_b[0]), len(differences), num_undefined
-        )
+    score_a, score_b = (round(float(scores[0]), TIE_DECIMALS) for scores in (scores_a, scores_b))
+    if not len(known) or math.isnan(score_a - score_b):
+        return PairedDifference(math.nan, math.nan, math.nan, 1.0, score_a, score_b, len(differences), num_undefined)
     low, high = np.percentile(known, [2.5, 97.5])
     tail = min(int((known <= 0).sum()), int((known >= 0).sum()))
     p_value = min(1.0, 2 * (1 + tail) / (1 + len(known)))
@@ -154,8 +153,8 @@ def compare_scores(scores_a: np.ndarray, scores_b: np.ndarray) -> PairedDifferen
         float(low),
         float(high),
         p_value,
-        float(scores_a[0]),
-        float(scores_b[0]),
+        score_a,
+        score_b,
         len(differences),
         num_undefined,
         float(known.std()),

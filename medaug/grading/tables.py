@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from medaug.grading.rows import Row
+from medaug.grading.statistics import TIE_DECIMALS
 from medaug.grading.verdict import METRIC_LABELS
 
 METRICS = ("balanced_accuracy", "accuracy", "macro_f1", "auc", "quadratic_kappa", "grade_mae", "ece")
@@ -133,8 +134,10 @@ def markdown_table(table: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def number(mean: float | None, spread: float | None) -> str:
-    """Mean and standard deviation."""
-    return "undefined" if mean is None else f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+    """Mean and standard deviation; a mean halfway between two figures is rounded as in the verdict's sentence."""
+    if mean is None:
+        return "undefined"
+    return f"{round(mean, TIE_DECIMALS):.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def interval(line: Mapping[str, Any], name: str = "difference") -> str:

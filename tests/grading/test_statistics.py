@@ -15,6 +15,7 @@ from sklearn import metrics as reference
 from medaug.errors import ConfigError, DataError
 from medaug.grading import statistics
 from medaug.grading.metrics import BOOTSTRAP_METRICS, RANKING, classification_metrics, pair_auc
+from medaug.grading.tables import number
 from tests.grading.predictions import predictions
 
 
@@ -228,3 +229,10 @@ def test_without_an_effect_one_in_twenty_intervals_misses_zero(num_seeds, share)
         missed += after.low > 0 or after.high < 0
         assert (after.low > 0 or after.high < 0) == (after.p_value < 0.05)
     assert missed / count <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / count)
+
+
+def test_a_mean_halfway_between_two_figures_reads_alike_in_sentence_and_table():
+    above, below = np.nextafter(0.8155, 1), np.nextafter(0.8155, 0)  # the same mean, summed in another order
+    results = [statistics.compare_scores(np.full(3, score), np.full(3, 0.8)) for score in (above, below)]
+    shown = {f"{result.score_a:.3f}" for result in results} | {number(float(score), None) for score in (above, below)}
+    assert len(shown) == 1 and results[0].difference == results[1].difference
