@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predictions import predictions
 from sklearn import metrics as reference
 
 from medaug.errors import DataError
 from medaug.grading import metrics
 from medaug.training.classifier import confusion_counts
-from tests.grading.predictions import predictions
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.sampled_from([None, 1]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predictions import predictions
 from scipy import stats
 from sklearn import metrics as reference
 
@@ -16,7 +17,6 @@ from medaug.errors import ConfigError, DataError
 from medaug.grading import statistics
 from medaug.grading.metrics import BOOTSTRAP_METRICS, RANKING, classification_metrics, pair_auc
 from medaug.grading.tables import number
-from tests.grading.predictions import predictions
 
 
 @pytest.mark.parametrize("metric", BOOTSTRAP_METRICS)
