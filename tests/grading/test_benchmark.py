@@ -87,6 +87,10 @@ def _check_report(out, result):
         and "data:image/png;base64" in page
         and "24 real test images of 24 groups" in page
     )
+    area = json.loads((out / "verdict.json").read_text())["wrong"]["ranking"]
+    none, network = area["against_none"], area["per_network"]["simple_cnn"]
+    assert f"Area under the ROC curve {none['score_a']:.3f} against {none['score_b']:.3f}: {none['difference']:+.3f} (" in page
+    assert f"by network simple_cnn {network['difference']:+.3f}" in page
     assert "<script" not in page and "http" not in page
 
 
