@@ -52,7 +52,7 @@ def run_experiment(
         out: folder: cohort/, runs/, synthetic/, accepted/, feedback/, benchmark/, table.md, experiment.json; with cells also
             NAME.png and rows.json.
         profile: replaces the file's own.
-        seed: of every stage but intake, whose split the file fixes.
+        seed: of every stage but intake, whose split the file fixes, and grading, which has seeds of its own.
         executor, workers: of the grading; no row depends on them.
         tracking: keyword arguments of `medaug.tracking.track`.
 
