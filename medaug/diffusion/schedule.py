@@ -24,6 +24,7 @@ from medaug.errors import ConfigError
 KARRAS_SIGMA_MIN, KARRAS_SIGMA_MAX, KARRAS_RHO = 0.002, 80.0, 7.0
 # Ho et al. 2020, section 4: betas of the linear schedule for T = 1000.
 BETA_START, BETA_END, BETA_TIMESTEPS = 1e-4, 2e-2, 1000
+SIGNAL_LEFT = 0.01  # of the variance, at the timestep that sampling from pure noise begins at
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021 (arXiv 2102.09672), section 3.2
 
 
@@ -190,8 +191,21 @@ def _linspace_timesteps(schedule: NoiseSchedule, num: int) -> Tensor:
 
 
 def _leading_timesteps(schedule: NoiseSchedule, num: int) -> Tensor:
-    """Every (T // N)-th timestep down to 0: 996, 992, ..., 0 for 250 of 1000 (Dhariwal & Nichol 2021's respacing)."""
-    return torch.arange(num - 1, -1, -1) * (schedule.num_train_timesteps // num)
+    """Every (T // N)-th timestep down to 0: 996, 992, ..., 0 for 250 of 1000 (Dhariwal & Nichol 2021's respacing).
+
+    Raises:
+        ConfigError: the first timestep, from which noise is sampled, still shows the image (`num-inference-steps`).
+    """
+    total = schedule.num_train_timesteps
+    timesteps = torch.arange(num - 1, -1, -1) * (total // num)
+    left, least = (float(schedule.alphas_cumprod[place]) for place in (timesteps[0], total - 1))
+    if left > max(SIGNAL_LEFT, 2 * least):
+        raise ConfigError(
+            "num-inference-steps",
+            f"With spacing leading, {num} of {total} steps begin at timestep {int(timesteps[0])}, where {left:.1%} of the variance is still the "
+            f"image's, not noise; take a number that divides {total}, or spacing linspace.",
+        )
+    return timesteps
 
 
 def _karras_timesteps(schedule: NoiseSchedule, num: int, sigma_min: float | None, sigma_max: float | None) -> Tensor:
@@ -226,7 +240,7 @@ def spaced_timesteps(
         sigma_min: lowest noise level of "karras", default 0.002; cut to what the schedule reaches.
 
     Raises:
-        ConfigError: on an unknown spacing, N outside [1, T], or sigmas given for another spacing.
+        ConfigError: on an unknown spacing, N outside [1, T], or sigmas given for another spacing; where "leading" begins too low.
     """
     total = schedule.num_train_timesteps
     if not 1 <= num_inference_steps <= total:

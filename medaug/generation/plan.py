@@ -11,6 +11,7 @@ from typing import Literal
 from medaug.cohort import Case, Cohort
 from medaug.draws import numpy_generator
 from medaug.errors import ConfigError, DataError, LeakageError
+from medaug.splits import in_proportion, level
 from medaug.training.run_folder import RunRecord
 
 Allocation = Literal["balance", "proportional", "fixed"]
@@ -75,17 +76,8 @@ def quotas(
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be a positive number, got {synthetic_per_real!r}.")
     total = round(synthetic_per_real * sum(real))
     if allocation == "balance":
-        return fill_up(real, total)
-    return largest_remainder([count / sum(real) * total for count in real], total)
-
-
-def fill_up(real: Sequence[int], total: int) -> list[int]:
-    """Spread `total` so that real + synthetic is as even as it can be (smallest classes first)."""
-    added = [0] * len(real)
-    for _ in range(total):
-        smallest = min(range(len(real)), key=lambda label: (real[label] + added[label], label))
-        added[smallest] += 1
-    return added
+        return level(total, real)
+    return in_proportion(total, real)
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:

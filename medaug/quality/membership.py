@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from medaug.cohort import Case, Cohort
@@ -86,7 +87,7 @@ def membership(training: np.ndarray, held_out: np.ndarray, levels: Sequence[floa
     both = np.concatenate([training, held_out])
     if not np.isfinite(both).all():
         raise DataError("features-invalid", "The denoising losses are not finite; the weights are not usable.")
-    ranks = both.argsort(axis=0).argsort(axis=0).mean(axis=1)  # levels have losses of different sizes
+    ranks = stats.rankdata(both, axis=0).mean(axis=1)  # levels have losses of different sizes
     rows = [{"level": level, **_auc(-training[:, column], -held_out[:, column])} for column, level in enumerate(levels)]
     overall = _auc(-ranks[: len(training)], -ranks[len(training) :])
     return overall | {"n_training": len(training), "n_held_out": len(held_out), "levels": rows}

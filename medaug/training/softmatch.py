@@ -89,6 +89,6 @@ class SoftMatch:
         if self._marginal is not None:
             self._marginal = self._marginal.to(probs.device)
             self._marginal = self._momentum * self._marginal + (1 - self._momentum) * probs.mean(0)
-            probs = probs / self._marginal / probs.shape[1]
+            probs = probs / self._marginal.clamp_min(torch.finfo(probs.dtype).tiny) / probs.shape[1]  # 0 where every image has 0
             probs = probs / probs.sum(1, keepdim=True)
         return probs.max(dim=1).values

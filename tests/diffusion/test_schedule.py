@@ -87,9 +87,21 @@ def test_coefficient_has_the_dtype_of_the_images():
 def test_timesteps_descend_strictly_and_are_as_many_as_asked(total, fraction, spacing, name):
     num = max(1, round(fraction * total))
     schedule = make_schedule(name, max(total, 2))
-    timesteps = spaced_timesteps(schedule, num, spacing)
+    try:
+        timesteps = spaced_timesteps(schedule, num, spacing)
+    except ConfigError as error:
+        assert spacing == "leading" and error.code == "num-inference-steps" and max(total, 2) % num != 0 or num == 1
+        return
     assert len(timesteps) == num and all(isinstance(t, int) for t in timesteps)
     check_timesteps(schedule, timesteps)
+
+
+def test_leading_is_refused_where_it_begins_in_the_picture():
+    schedule = make_schedule("linear_beta", 1000)
+    for num, left in ((501, "7.8%"), (600, "2.6%"), (334, "1.1%")):
+        with pytest.raises(ConfigError, match=f"where {left} of the variance"):
+            spaced_timesteps(schedule, num, "leading")
+    assert [spaced_timesteps(schedule, num, "leading")[0] for num in (250, 300, 500, 1000)] == [996, 897, 998, 999]
 
 
 def test_linspace_holds_both_ends_and_every_step_at_full_length():

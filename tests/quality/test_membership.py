@@ -63,3 +63,9 @@ def test_faults_are_refused():
         membership(np.zeros((3, 4)), np.zeros((0, 4)))
     with pytest.raises(DataError, match="not finite"):
         membership(np.zeros((3, 4)), np.full((2, 4), np.nan))
+
+
+def test_equal_losses_remember_nothing():
+    for ours, theirs in ((20, 20), (5, 40)):
+        found = membership(np.ones((ours, len(LEVELS))), np.ones((theirs, len(LEVELS))))
+        assert [found["auc"], *(level["auc"] for level in found["levels"])] == [0.5] * (1 + len(LEVELS))

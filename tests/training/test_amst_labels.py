@@ -227,3 +227,8 @@ def test_other_refusals():
         accept(head_scores(random_probs(0)), -0.1)
     with pytest.raises(DataError, match="images-missing"):
         score_batches(torch.nn.Identity(), AuxiliaryHeads(2, 2), [], key=("k",))
+
+
+def test_uniform_alignment_survives_a_class_that_nothing_is_of():
+    weights = SoftMatch(2, momentum=0.0, uniform_alignment=True)(torch.tensor([[1.0, 0.0]] * 4))
+    assert torch.isfinite(weights).all() and (weights > 0).all()
