@@ -31,6 +31,7 @@ from medaug.stages import gate_synthetic, grade_arms, take_in
 from medaug.workflow import load_config, run_stage, run_training
 
 FACTS = ("generated", "accepted", "label_agreement")
+COUNTS = ("generated", "accepted", "labelled", "agreeing")  # of one set of images
 
 
 def run_experiment(
@@ -74,12 +75,7 @@ def run_experiment(
             with sessions.stage("intake", needed=not (out / "cohort" / "cohort.json").is_file()):
                 take_in(options, tracking=tracking)
         cohort = Path(cohort_dir or out / "cohort")
-        facts: dict[str, dict[str, Any]] = {}
-        for row in experiment.rows:
-            if (made := facts.get(experiment.maker(row).name)) is None:
-                with sessions.stage(f"images of {row.name}", needed=not (row.accepted_folder(out) / "gate.json").is_file()):
-                    made = _make(experiment, row, cohort, out, seed, tracking)
-            facts[row.name] = made
+        facts = _make_rows(experiment, cohort, out, seed, sessions, tracking)
         specs, sources = experiment.arm_specs(out, facts)
         result = grade_arms(
             cohort,
@@ -150,10 +146,39 @@ def _write_cells(experiment: Experiment, out: Path, rows: Sequence[Mapping[str, 
     storage.write_bytes(out / f"{experiment.name}.png", picture)
 
 
+def _make_rows(
+    experiment: Experiment, cohort: Path, out: Path, seed: int, sessions: Sessions, tracking: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Make the images of every row, at every place they are asked for. Returns row -> what its images were like, see `_together`."""
+    facts: dict[str, dict[str, Any]] = {}
+    for row in experiment.rows:
+        if experiment.maker(row).name in facts:
+            facts[row.name] = facts[experiment.maker(row).name]
+            continue
+        found = {}
+        for own, place in experiment.places(out).items():
+            stage = f"images of {row.name}" + (f", seed {own}" if experiment.generator_per_seed else "")
+            with sessions.stage(stage, needed=not (row.accepted_folder(place) / "gate.json").is_file()):
+                found[own] = _make(experiment, row, cohort, place, seed + own, tracking)
+        facts[row.name] = _together(found)
+    return facts
+
+
+def _together(found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The images of all seeds: generated, accepted, the share whose label a filter agrees with, and the seeds without any."""
+    total = {key: sum(made[key] for made in found.values()) for key in COUNTS}
+    return {
+        "generated": total["generated"],
+        "accepted": total["accepted"],
+        "label_agreement": total["agreeing"] / total["labelled"] if total["labelled"] else None,
+        "seeds_without": [seed for seed, made in found.items() if not made["accepted"]],
+    }
+
+
 def _make(
     experiment: Experiment, row: ExperimentRow, cohort: Path, out: Path, seed: int, tracking: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Train, generate and gate one row. Returns what its images were like."""
+) -> dict[str, int]:
+    """Train, generate and gate one row. Returns `COUNTS`: of the accepted images, how many a filter has labelled and agrees with."""
     run, synthetic = out / "runs" / row.run_name(), out / "synthetic" / row.name
     common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
     run_training(row.bundle, experiment.profile, {**row.training, **common, "output_dir": str(run)})
@@ -175,14 +200,10 @@ def _make(
     accepted = gated.accepted.training
     lineages = [case.lineage or {} for case in accepted]
     agree = [entry["pseudo_label"] == entry["intended_label"] for entry in lineages if entry.get("pseudo_label") is not None]
-    return {
-        "generated": len(made.training),
-        "accepted": len(accepted),
-        "label_agreement": float(np.mean(agree)) if agree else None,
-    }
+    return dict(zip(COUNTS, (len(made.training), len(accepted), len(agree), sum(agree)), strict=True))
 
 
-def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, Any]:
+def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, int]:
     """Generate and gate one row where a grader doubts; in all as many images as the row would make at once."""
     settings = load_config(row.bundle, "generating", experiment.profile, row.overlay or None) | dict(row.generating)
     real = sum(not case.is_synthetic for case in read_cohort(cohort).training)
@@ -198,7 +219,7 @@ def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, ru
         overrides=row.generating,
         seed=seed + int(row.generating.get("seed", 0)),
     )
-    return {"generated": result["saving"]["generated"], "accepted": result["accepted"] or 0, "label_agreement": None}
+    return dict(zip(COUNTS, (result["saving"]["generated"], result["accepted"] or 0, 0, 0), strict=True))
 
 
 def table_lines(
@@ -223,7 +244,12 @@ def table_lines(
         of_row = facts.get(arm.split("@")[0], {})  # several ratios or fractions of one row, see `medaug.grading.variants`
         lines.append(line | {key: of_row.get(key) for key in FACTS})
     empty: dict[str, Any] = dict.fromkeys(lines[0])
-    return lines + [{**empty, "arm": name, **fact} for name, fact in facts.items() if not fact["accepted"]]
+    return lines + [{**empty, "arm": name, **fact} for name, fact in facts.items() if fact["seeds_without"]]
+
+
+def _at_seeds(line: Mapping[str, Any]) -> str:
+    """At which seeds a row has no image, if it has some at others."""
+    return f" for seed {', '.join(map(str, line['seeds_without']))}" if line["accepted"] else ""
 
 
 def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
@@ -239,7 +265,7 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
         interval = "" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
         score = "" if line["score"] is None else f"{line['score']:.3f} ± {line['spread']:.3f}"
         cells = [line["arm"], *(number(line[key]) for key in FACTS), score]
-        nothing = "not graded: no image was accepted" if line["score"] is None else ""
+        nothing = "not graded: no image was accepted" + _at_seeds(line) if line["score"] is None else ""
         cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or nothing]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(

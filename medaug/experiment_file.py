@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medaug import assets, storage
 from medaug.errors import ConfigError
 from medaug.grading.arms import parse_arm
+from medaug.grading.image_sets import SEED
 from medaug.grading.presets import ALL_REAL, PRESETS, check_presets
 from medaug.grading.recipe import grading_recipe
 from medaug.intake.section import check_section
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from medaug.feedback import FeedbackOptions
 
 EXTENDS = "extends"
-KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "shared", "rows", "cells")
+KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "generator_per_seed", "shared", "rows", "cells")
 MAPPINGS = ("training", "generating", "gate", "feedback")  # a row's own values are laid over the shared ones key by key
 ROW_KEYS = ("name", "bundle", "overlay", *MAPPINGS, "trainer")
 GATE_KEYS = ("checks", "threshold", "network", "filter_recipe", "calibrate", "label", "amst")
+GENERATORS = "generators"  # folder of what each seed of the graders has of its own
 GRADING: dict[str, Any] = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
 GRADING_KEYS = (*GRADING, "synthetic_per_real", "allocation", "real_fraction", "amst", "overrides")
 
@@ -97,6 +99,8 @@ class Experiment:
         profile: overlay for all bundles.
         grading: keyword arguments of `medaug.stages.grade_arms`, those of `GRADING_KEYS`.
         cells: mixtures of real images and the rows' images; where there are any, the rows are no arms of their own.
+        generator_per_seed: every seed of the graders trains on images of a generator of its own, so that the verdict is about the
+            method and not about one set of images.
     """
 
     name: str
@@ -107,6 +111,14 @@ class Experiment:
     profile: str | None = None
     grading: Mapping[str, Any] = field(default_factory=lambda: dict(GRADING))
     cells: tuple[str, ...] = ()
+    generator_per_seed: bool = False
+
+    def places(self, out: Path) -> dict[int, Path]:
+        """What is added to the seed of the stages -> where their images go: once, or once for each seed of the graders."""
+        if not self.generator_per_seed:
+            return {0: out}
+        seeds = self.grading["seeds"]
+        return {seed: out / GENERATORS / str(seed) for seed in (range(seeds) if isinstance(seeds, int) else seeds)}
 
     def maker(self, row: ExperimentRow) -> ExperimentRow:
         """The row whose images a row uses: the first one that makes them in the same way, be it itself."""
@@ -117,12 +129,13 @@ class Experiment:
 
         Args:
             out: the experiment's folder.
-            facts: row -> what its images were like; a row without an accepted one is no arm.
+            facts: row -> what its images were like; a row without an accepted one, be it at one seed, is no arm.
         """
-        images = {row.name: f"{row.name}={self.maker(row).accepted_folder(out)}" for row in self.rows}
+        place = out / GENERATORS / SEED if self.generator_per_seed else out
+        images = {row.name: f"{row.name}={self.maker(row).accepted_folder(place)}" for row in self.rows}
         if self.cells:
             return [*self.arms, *(cell for cell in self.cells if cell != ALL_REAL)], list(images.values())
-        made = [row for row in self.rows if facts[row.name]["accepted"]]  # the others stay in the table, without a score
+        made = [row for row in self.rows if not facts[row.name]["seeds_without"]]  # the others stay in the table, without a score
         return [*self.arms, *(images[row.name] + (f":{row.trainer}" if row.trainer else "") for row in made)], []
 
 
@@ -156,7 +169,9 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
     name, title = str(content.get("name") or Path(file).stem), str(content.get("title", ""))
     cells = tuple(map(str, content.get("cells") or ()))
     check_presets(cells, names)
-    return Experiment(name, title, made, intake, arms, profile or content.get("profile"), _grading(content), cells)
+    return Experiment(
+        name, title, made, intake, arms, profile or content.get("profile"), _grading(content), cells, _switch(content)
+    )
 
 
 def _content(file: str) -> dict[str, Any]:
@@ -171,6 +186,13 @@ def _content(file: str) -> dict[str, Any]:
     if EXTENDS in base:
         raise ConfigError("experiment-extends", f"{Path(name).name} extends another file itself; extend that one.")
     return {key: value for key, value in base.items() if key != "name"} | own
+
+
+def _switch(content: Mapping[str, Any]) -> bool:
+    value = content.get("generator_per_seed", False)
+    if not isinstance(value, bool):
+        raise ConfigError("config-value", f"generator_per_seed of an experiment is true or false, got {value!r}.")
+    return value
 
 
 def _grading(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medaug.grading.cells_figure import cells_figure, cells_png
 from medaug.grading.recipe import grading_recipe
 from medaug.intake import build
 from medaug.io.raster import write_unit_png
+from medaug.results.page import write_page
 
 SHARED: dict[str, Any] = {
     "bundle": "guided_ddpm",
@@ -57,7 +58,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def make(_: Any, row: Any, *__: Any) -> dict[str, Any]:
         seen["made"].append(row.name)
-        return {"generated": 2, "accepted": 2, "label_agreement": None}
+        return {"generated": 2, "accepted": 2, "labelled": 0, "agreeing": 0}
 
     def grade(cohort: Path, out: Path, specs: list[str], **options: Any) -> dict[str, Any]:
         seen.update(options, cohort=cohort, specs=specs)
@@ -134,7 +135,7 @@ def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
     }
     read = experiment.read_experiment(write(tmp_path, rows=[row], profile="tiny"))
     facts = experiment._make_in_rounds(read, read.rows[0], tmp_path / "cohort", tmp_path / "run", tmp_path / "out", seed=10)
-    assert facts == {"generated": 21, "accepted": 0, "label_agreement": None}
+    assert facts == {"generated": 21, "accepted": 0, "labelled": 0, "agreeing": 0}
     folder, options = seen["arguments"][3:]
     assert folder == tmp_path / "out" / "feedback" / "rounds" and options.budget == round(1.5 * len(cohort.training))
     assert (options.checks, seen["seed"], seen["profile"]) == (("usable", "copies"), 14, "tiny")
@@ -149,14 +150,20 @@ def test_the_table_takes_its_figures_from_the_rows() -> None:
     verdict = {
         "a": {"metric": "balanced_accuracy", "verdict": "helps", "against_none": {"difference": 0.2, "low": 0.1, "high": 0.3}}
     }
-    none, a = experiment.table_lines(rows, verdict, {"a": {"generated": 9, "accepted": 6, "label_agreement": 1.0}})
+    of_a = {"generated": 9, "accepted": 6, "label_agreement": 1.0, "seeds_without": []}
+    none, a = experiment.table_lines(rows, verdict, {"a": of_a})
     assert none["score"] == pytest.approx(0.6)
     assert (a["score"], a["spread"]) == (pytest.approx(0.8), pytest.approx(0.1))
-    lines = experiment.table_lines(rows, verdict, {"a": {"accepted": 6}, "b": {"generated": 9, "accepted": 0}})
-    assert (lines[-1]["arm"], lines[-1]["accepted"], lines[-1]["score"]) == ("b", 0, None)
+    without = {
+        "b": {"generated": 9, "accepted": 0, "seeds_without": [0]},
+        "c": {"generated": 9, "accepted": 3, "seeds_without": [1, 2]},
+    }
+    lines = experiment.table_lines(rows, verdict, {"a": of_a, **without})
+    assert [(line["arm"], line["accepted"], line["score"]) for line in lines[-2:]] == [("b", 0, None), ("c", 3, None)]
     assert "| b | 9 | 0 |  |  |  |  | not graded: no image was accepted |" in experiment.markdown("Title", lines)
+    assert "| c | 9 | 3 |  |  |  |  | not graded: no image was accepted for seed 1, 2 |" in experiment.markdown("Title", lines)
     ratios = [{**row, "arm": f"a@{ratio}"} for ratio in (1, 2) for row in rows if row["arm"] == "a"]
-    assert [line["accepted"] for line in experiment.table_lines(ratios, {}, {"a": {"accepted": 6}})] == [6, 6]
+    assert [line["accepted"] for line in experiment.table_lines(ratios, {}, {"a": of_a})] == [6, 6]
     text = experiment.markdown("Title", [none, a])
     assert "| a | 9 | 6 | 1.000 | 0.800 ± 0.100 | +0.200 | +0.100 to +0.300 | helps |" in text
 
@@ -193,6 +200,26 @@ def test_a_mixing_matrix_runs_to_a_picture(make_cohort: Callable[..., Cohort], t
     real = len(read_cohort(tmp_path / "cohort").training)
     half = sizes["orig50+vflip"] // 2
     assert sizes == dict(zip(cells, [real, 3 * real, real, real, 2 * half], strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_every_seed_may_have_a_generator_of_its_own(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
+    make_cohort(tmp_path / "cohort", size=16, per_class=15)
+    grading = {"networks": ["simple_cnn"], "seeds": 2, "profile": "tiny"}
+    generating = {"counts": [3, 3, 3], "device_name": "cpu", "sampler_settings": {"num_inference_steps": 6}}
+    content = {"shared": {**SHARED, "training": LONGER, "generating": generating}, "rows": [{"name": "plain"}]}
+    file = write(tmp_path, **content, title="Luck", profile="tiny", grading=grading, generator_per_seed=True)
+    result = experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out", seed=3)
+    places = [tmp_path / "out" / "generators" / seed / "accepted" / "plain" for seed in ("0", "1")]
+    made = [read_cohort(place) for place in places]
+    assert [{(case.lineage or {})["seed"] for case in one.training} for one in made] == [{3}, {4}]
+    assert len({(case.lineage or {})["weights_sha256"] for one in made for case in one.training}) == 2
+    line = next(line for line in result["table"] if line["arm"] == "plain")
+    assert (line["generated"], line["accepted"]) == (18, sum(len(one.training) for one in made))
+    assert result["verdict"]["plain"]["image_sets"] == 2
+    write_page(tmp_path / "out", tmp_path / "page")
+    assert "One set of images" not in (tmp_path / "page" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_rows_that_train_alike_share_a_run(tmp_path: Path) -> None:
         ({"rows": [{"name": "a", "bundle": "x", "feedback": {"rounds": 2, "budget": 9}}]}, "config-key-unknown"),
         ({"rows": [{"name": "a", "bundle": "x", "feedback": {"rounds": 2}, "gate": {"label": "amst"}}]}, "feedback-option"),
         ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig75"]}, "preset-unknown"),
+        ({"rows": [{"name": "a", "bundle": "x"}], "generator_per_seed": "yes"}, "config-value"),
         ({"rows": [{"name": "syn1", "bundle": "x"}], "cells": ["orig+syn2"]}, "source-missing"),
     ],
 )
@@ -99,7 +100,7 @@ def test_rows_that_differ_in_the_trainer_alone_use_the_same_images(tmp_path: Pat
     ]
     read = read_experiment(write(tmp_path, shared=SHARED, rows=rows))
     assert [read.maker(row).name for row in read.rows] == ["still", "shaken", "shaken", "unfiltered"]
-    facts = {row.name: {"accepted": 0 if row.name == "still" else 5} for row in read.rows}
+    facts = {row.name: {"seeds_without": [0] if row.name == "still" else []} for row in read.rows}
     assert read.arm_specs(Path("out"), facts)[0] == [
         "none",
         "oversample",
@@ -109,11 +110,24 @@ def test_rows_that_differ_in_the_trainer_alone_use_the_same_images(tmp_path: Pat
     ]
 
 
+def test_every_seed_of_the_graders_may_have_images_of_its_own(tmp_path: Path) -> None:
+    shared = {**SHARED, "gate": {"checks": ["usable", "copies"]}}
+    rounds = {"name": "rounds", "feedback": {"rounds": 3, "seeds": 1, "one_shot": False}}
+    read = read_experiment(
+        write(tmp_path, shared=shared, rows=[{"name": "plain"}, rounds], grading={"seeds": [2, 5]}, generator_per_seed=True)
+    )
+    assert read.places(Path("out")) == {2: Path("out/generators/2"), 5: Path("out/generators/5")}
+    specs, _ = read.arm_specs(Path("out"), {"plain": {"seeds_without": []}, "rounds": {"seeds_without": []}})
+    assert specs[-2:] == ["plain=out/generators/{seed}/accepted/plain", "rounds=out/generators/{seed}/feedback/rounds/accepted"]
+    specs, _ = read.arm_specs(Path("out"), {"plain": {"seeds_without": [5]}, "rounds": {"seeds_without": []}})
+    assert [spec.partition("=")[0] for spec in specs] == ["none", "oversample", "rounds"]
+
+
 def test_the_images_of_rounds_are_those_that_feedback_kept(tmp_path: Path) -> None:
     shared = {**SHARED, "gate": {"checks": ["usable", "copies"]}}
     rows = [{"name": "rounds", "feedback": {"rounds": 3, "seeds": 1, "one_shot": False}}]
     read = read_experiment(write(tmp_path, shared=shared, rows=rows))
-    assert read.arm_specs(Path("out"), {"rounds": {"accepted": 5}})[0][-1] == "rounds=out/feedback/rounds/accepted"
+    assert read.arm_specs(Path("out"), {"rounds": {"seeds_without": []}})[0][-1] == "rounds=out/feedback/rounds/accepted"
     options = read.rows[0].feedback_options(100)
     assert (options.budget, options.per_round, options.checks, options.seeds) == (100, 34, ("usable", "copies"), 1)
 

@@ -192,7 +192,8 @@ def grade(
         list[str],
         typer.Option(
             help="none, crop_rotate, randaugment, cutmix, random_erasing, weak, oversample, NAME=FOLDER of accepted images, "
-            "NAME=FOLDER:amst, 'NAME=FOLDER + FOLDER', a cell such as orig50+syn1_50; repeatable."
+            "NAME=FOLDER:amst, 'NAME=FOLDER + FOLDER', a cell such as orig50+syn1_50; repeatable. {seed} in a FOLDER stands for the grader's "
+            "seed, so that each trains on images of its own."
         ),
     ],
     networks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "simple_cnn,resnet18",

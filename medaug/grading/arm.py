@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError
@@ -58,6 +59,8 @@ class Arm:
         sources: several synthetic sources, or one with a batch share or loss weight, in the place of `synthetic`.
         real_share: of every batch that is real, with `sources`.
         variant: of an arm that is graded at several ratios or fractions, see `medaug.grading.variants`; no part of its content.
+        by_seed: the arm with the images of each seed of the graders, where every seed has images of its own; see `at`. What the arm
+            itself holds are those of the first.
 
     Raises:
         ConfigError: `arm-views`: AMST brings its own views, so it takes neither a policy nor others, and an arm has one of both.
@@ -82,6 +85,7 @@ class Arm:
     sources: tuple[Source, ...] = ()
     real_share: float | None = None
     variant: Variant = Variant()
+    by_seed: Mapping[int, Arm] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -122,8 +126,24 @@ class Arm:
             "synthetic": None if self.synthetic is None else self.synthetic.content_sha256,
         }
 
+    def at(self, seed: int) -> Arm:
+        """The arm as it trains at one seed of the graders; itself if all seeds share their images."""
+        own = self.by_seed.get(seed)
+        if own is None:
+            return self
+        return replace(self, synthetic=own.synthetic, sources=own.sources, unlabelled=own.unlabelled, extra=None, by_seed={})
+
+    def sets(self) -> tuple[Arm, ...]:
+        """The arm once for every set of images it trains on."""
+        return tuple(self.by_seed.values()) or (self,)
+
+    def images(self) -> tuple[str, ...]:
+        """The content sha256 of every cohort beside the real images; copies of these are not among them."""
+        given = [source.cohort for source in self.added() if not source.of_kept]
+        return tuple(cohort.content_sha256 for cohort in (*given, self.unlabelled) if cohort is not None)
+
     def added(self) -> tuple[Source, ...]:
-        """The synthetic sources, be it one or several."""
+        """The synthetic sources, be it one or several; of an arm with images for every seed those of the first."""
         if self.synthetic is None:
             return self.sources
         return (Source("synthetic", self.synthetic, self.synthetic_per_real, self.allocation),)

@@ -52,14 +52,27 @@ def check_arm(arm: Arm, real: Cohort) -> None:
     Raises:
         LeakageError: see `medaug.cohort.check_against`; also a real image that poses as synthetic, an image with the pixels of a
             held-out one, and a teacher that saw one, see `check_origin`.
-        DataError: classes or sizes differ, or there is no synthetic image.
+        DataError: classes or sizes differ, or there is no synthetic image; `sets-alike`: seeds that should have images of their own share them.
     """
     if arm.teacher is not None:
         check_origin(arm.teacher.fit_groups, real, f"The teacher of arm {arm.name}", arm.teacher.trusted or arm.allow_untrusted)
-    if arm.unlabelled is not None:
-        _check_unlabelled(arm, arm.unlabelled, real)
-    for source in arm.added():
-        _check_source(arm, source.cohort, real)
+    _check_sets(arm)
+    for one in arm.sets():
+        if one.unlabelled is not None:
+            _check_unlabelled(one, one.unlabelled, real)
+        for source in one.added():
+            _check_source(one, source.cohort, real)
+
+
+def _check_sets(arm: Arm) -> None:
+    """Refuse one set of images under the names of two seeds: the luck of the generator would seem smaller than it is."""
+    known: dict[tuple[str, ...], int] = {}
+    for seed, one in arm.by_seed.items():
+        if (first := known.setdefault(one.images(), seed)) != seed:
+            raise DataError(
+                "sets-alike",
+                f"Arm {arm.name} has the same images for the seeds {first} and {seed}; generate each set by a generator of another seed.",
+            )
 
 
 def _check_source(arm: Arm, synthetic: Cohort, real: Cohort) -> None:

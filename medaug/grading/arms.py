@@ -40,6 +40,7 @@ __all__ = [
     "Pair",
     "Variant",
     "arm_mixture",
+    "at_seed",
     "build_training_set",
     "check_arm",
     "extra_counts",
@@ -135,13 +136,14 @@ def kept_cases(arm: Arm, real: Cohort, seed: int) -> list[Case]:
 
 
 def extra_counts(arm: Arm, real: Cohort, seed: int = 0) -> tuple[int, ...]:
-    """Synthetic images per class that an arm adds to `real`; only where groups are kept or left whole does the seed matter.
+    """Synthetic images per class that an arm adds to `real`; the seed matters where groups are kept or left whole, and where every
+    seed has images of its own.
 
     Raises:
         DataError: a source holds fewer than asked for, with the class and both numbers.
     """
     kept = kept_cases(arm, real, seed)
-    counts = [mixing.source_counts(source, real, kept, f"Arm {arm.name}") for source in arm.added()]
+    counts = [mixing.source_counts(source, real, kept, f"Arm {arm.name}") for source in arm.at(seed).added()]
     return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0,) * len(real.classes)
 
 
@@ -149,7 +151,8 @@ def own_controls(points: Sequence[Sequence[Arm]], real: Cohort) -> dict[str, lis
     """The synthetic arms that the common control does not match, see `controls.alike`, and which of them can share one of their own.
 
     Args:
-        points: the same arms at every ratio and fraction; they share a control only if they can at every point.
+        points: the same arms at every ratio and fraction; they share a control only if they can at every point, and at every seed that
+            has images of its own.
 
     Returns:
         name of the arm that a control matches -> names of those that meet it.
@@ -160,7 +163,7 @@ def own_controls(points: Sequence[Sequence[Arm]], real: Cohort) -> dict[str, lis
     for arms in points:
         for arm in arms:
             check_arm(arm, real)
-    tables = [_training_counts(arms, real) for arms in points]
+    tables = [_training_counts(arms, real, seed) for arms in points for seed in _seeds_with_images(arms)]
     served: dict[str, list[str]] = {}
     for name in tables[0]:
         if name == OVERSAMPLE or _same(tables, name, OVERSAMPLE, any_fraction=True):
@@ -176,8 +179,13 @@ def _same(tables: Sequence[Mapping[str, _Training]], one: str, other: str, *, an
     return all(alike(ours[1], theirs[1]) and (any_fraction or ours[0] == theirs[0]) for ours, theirs in pairs)
 
 
-def _training_counts(arms: Sequence[Arm], real: Cohort) -> dict[str, _Training]:
-    """Fraction of the real images and images per class of every synthetic arm, and of the common control under its name.
+def _seeds_with_images(arms: Sequence[Arm]) -> list[int]:
+    """The seeds that have images of their own in any arm; 0 stands for all if there is none."""
+    return sorted({seed for arm in arms for seed in arm.by_seed}) or [0]
+
+
+def _training_counts(arms: Sequence[Arm], real: Cohort, seed: int) -> dict[str, _Training]:
+    """Fraction of the real images and images per class of every synthetic arm, and of the common control under its name, at one seed.
 
     Empty without such a control; an arm without real images is left out: nothing could be repeated for it.
     """
@@ -188,7 +196,7 @@ def _training_counts(arms: Sequence[Arm], real: Cohort) -> dict[str, _Training]:
 
     def counted(kept: Arm, added: Arm) -> _Training:
         counts = class_counts(kept_cases(kept, real, 0), len(real.classes))
-        return kept.real_fraction, [sum(pair) for pair in zip(counts, extra_counts(added, real), strict=True)]
+        return kept.real_fraction, [sum(pair) for pair in zip(counts, extra_counts(added, real, seed), strict=True)]
 
     served = {name for arm in arms for name in arm.serves}
     candidates = [arm for arm in arms if arm.added() and arm.real_fraction is not None and arm.base not in served]
@@ -231,6 +239,14 @@ def _with_repeats(arm: Arm, matches: Arm | None, real: Cohort) -> Arm:
     return arm
 
 
+def at_seed(arm: Arm, real: Cohort, seed: int) -> Arm:
+    """An arm of `prepare_arms` as it trains at one seed, prepared: what it would be if this seed's images were all there are."""
+    if arm.matches is not None and arm.matches.by_seed:
+        matches = at_seed(arm.matches, real, seed)
+        return replace(arm, matches=matches, extra=extra_counts(matches, real))
+    return replace(one, extra=extra_counts(one, real)) if (one := arm.at(seed)) is not arm else arm
+
+
 def _levelling(arm: Arm, real: Cohort) -> tuple[int, ...]:
     """Copies per class that make every class of the arm's real images as large as the largest."""
     counts = class_counts(kept_cases(arm, real, 0), len(real.classes))
@@ -253,6 +269,7 @@ def build_training_set(arm: Arm, real: Cohort, seed: int) -> list[Pair]:
     Raises:
         LeakageError, DataError: see `check_arm`.  ConfigError: the arm did not pass through `prepare_arms`.
     """
+    arm = at_seed(arm, real, seed)
     check_arm(arm, real)
     if arm.extra is None:
         raise ConfigError("arm-unprepared", f"Arm {arm.name} has no counts yet; pass it through prepare_arms.")

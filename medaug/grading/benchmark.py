@@ -19,7 +19,7 @@ from torch import Tensor
 from medaug import __version__, storage
 from medaug.cohort import Cohort
 from medaug.errors import ConfigError, DataError, LeakageError
-from medaug.grading.arms import Arm, Pair, arm_mixture, build_training_set, prepare_arms, training_facts, training_sha256
+from medaug.grading.arms import Arm, Pair, arm_mixture, at_seed, build_training_set, prepare_arms, training_facts, training_sha256
 from medaug.grading.executors import Failure, check_executor, usable_cores
 from medaug.grading.images import CACHE_FOLDER, GradedImages
 from medaug.grading.metrics import classification_metrics
@@ -91,8 +91,9 @@ def plan_cells(
     _check_heads(prepared, recipes.values(), cohort.ordinal)
     digests = {network: storage.sha256_file(path) for network, path in (weights or {}).items()}
     cells = []
-    for arm in prepared:
+    for planned in prepared:
         for seed in seeds:
+            arm = at_seed(planned, cohort, seed)
             pairs = tuple(build_training_set(arm, cohort, seed))
             mixture = arm_mixture(arm, pairs)
             for network in networks:

@@ -15,6 +15,7 @@ from medaug.grading.arm_terms import term_names
 from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import run_benchmark
 from medaug.grading.graded_data import graded_data
+from medaug.grading.image_sets import at_place, image_sets, join_sets, own_seeds
 from medaug.grading.judgement import judged_rows, verdict_and_points
 from medaug.grading.notes import arm_notes, data_notes, pretrained_notes, run_notes
 from medaug.grading.presets import named_sources
@@ -66,7 +67,8 @@ def grade(
     Args:
         arm_specs: "none" (needed), "crop_rotate", "weak", "oversample" (the control), "NAME=FOLDER" of accepted images,
             "NAME=FOLDER:amst" to train on them by AMST, with its control "weak_view" added; "NAME=FOLDER + FOLDER" to mix
-            several, with options; a cell of `PRESETS` such as "orig50+syn1_50"; see `parse_arm`.
+            several, with options; a cell of `PRESETS` such as "orig50+syn1_50"; see `parse_arm`. ``{seed}`` in a folder gives every
+            seed images of its own, see `medaug.grading.image_sets`.
         networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
         seeds: how many, or which.
         profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
@@ -76,7 +78,7 @@ def grade(
         amst: fields of `AmstRecipe` to change, for all arms that train by it.
         real_fraction: of the real training images that every arm keeps which does not say its own, `none` too. Of several the
             verdict is that of the largest.
-        sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name.
+        sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name; ``{seed}`` likewise.
         pretrained: network -> safetensors file that its weights but the head's come from; the report says so.
         executor, workers, ray_address: where cells are computed, see `medaug.grading.executors`; the rows do not depend on it.
         command: what the report says it was made with; no personal paths.
@@ -95,15 +97,16 @@ def grade(
     cohort = read_cohort(Path(cohort_dir), verify=True)
     names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
     which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    options: dict[str, Any] = {
-        "allocation": allocation,
-        "allow_untrusted": allow_untrusted,
-        "amst": amst,
-        "named": named_sources(sources, _asked_for(arm_specs), cohort, out / COPIES_FOLDER),
-    }
+    common: dict[str, Any] = {"allocation": allocation, "allow_untrusted": allow_untrusted, "amst": amst}
+    own = own_seeds([*arm_specs, *sources], which)
+    given = {seed: [at_place(text, seed) for text in sources] for seed in own}
+    cohorts = {seed: named_sources(given[seed], _asked_for(arm_specs), cohort, out / COPIES_FOLDER) for seed in own}
 
     def read(ratio: float | None, fraction: float) -> list[Arm]:
-        return [parse_arm(spec, synthetic_per_real=ratio, real_fraction=fraction, **options) for spec in arm_specs]
+        options: dict[str, Any] = {**common, "synthetic_per_real": ratio, "real_fraction": fraction}
+        return join_sets(
+            lambda seed: [parse_arm(at_place(spec, seed), named=cohorts[seed], **options) for spec in arm_specs], own
+        )
 
     ratios, fractions = amounts(synthetic_per_real, "--per-real"), amounts(real_fraction, "--real-fraction")
     arms = spread_arms(read, ratios, fractions, cohort)
@@ -123,6 +126,7 @@ def grade(
         notes=tuple(known),
         failed=tuple(unfit),
         acceptance=acceptance_of(arms, cohort),
+        image_sets=image_sets(arms),
         command=command,
         profile=profile,
         num_resamples=num_resamples,

@@ -28,7 +28,8 @@ def verdict_and_points(record: GradingRecord, rows: Sequence[Row]) -> tuple[dict
         rows: of `judged_rows`, complete for every arm of the record.
 
     Returns:
-        the verdict of `judge` with the choice of each arm that had one, and the points of `curve_points`.
+        the verdict of `judge` with the choice of each arm that had one and the number of its image sets if every seed had its own, and
+        the points of `curve_points`.
 
     Raises:
         ConfigError, DataError: see `judge` and `predictions_of`.
@@ -39,6 +40,13 @@ def verdict_and_points(record: GradingRecord, rows: Sequence[Row]) -> tuple[dict
     choices = choose(record.arms, rows, metric)
     judged = {arm.name: record.opponents[arm.name] for arm in at_verdict(record.arms, choices) if arm.base != BASELINE}
     verdict = judge(predictions, ordinal=record.data.ordinal, notes=record.notes, opponents=judged, scores=scores)
+    bases = {arm.name: arm.base for arm in record.arms}
+    for name, entry in verdict.items():
+        if count := record.image_sets.get(bases[name]):
+            entry |= {"image_sets": count}
+            entry["sentence"] += (
+                f" Each of {count} seeds trained on images of its own, so the interval covers the luck of making them."
+            )
     for choice in choices:
         if choice.arm in verdict:
             verdict[choice.arm] |= {"choice": choice.facts()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,14 +36,15 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     """Of the arms: images nobody can vouch for, and comparisons that are not like with like."""
     notes = []
     for name, arm in {arm.base: arm for arm in arms}.items():
-        given = [case for source in arm.added() for case in source.cohort.training]
+        sources = [source for one in arm.sets() for source in one.added()]
+        given = [case for source in sources for case in source.cohort.training]
         unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
         if unknown:
             notes.append(f"Nothing shows that the maker of {len(unknown)} image(s) of arm {name} never saw the test patients.")
         if arm.teacher is not None and check_origin(arm.teacher.fit_groups, cohort, name, trusted=True):
             notes.append(f"Nothing shows that the teacher of arm {name} never saw the test patients.")
         known = str(cohort.intensity.get("kind", ""))
-        kinds = {str(source.cohort.intensity.get("kind", "")) for source in arm.added()} - {known, ""}
+        kinds = {str(source.cohort.intensity.get("kind", "")) for source in sources} - {known, ""}
         if known and kinds:
             notes.append(
                 f"The images of arm {name} were scaled in another way ({', '.join(sorted(kinds))}) than the real ones ({known}), so the "
@@ -52,6 +54,11 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
             notes.append(f"The labels of arm {name} come from a network that began from weights of unknown origin.")
         if any((case.lineage or {}).get("generator_trusted") for case in given):
             notes.append(f"The images of arm {name} come from a generator that began from weights of unknown origin.")
+        if (shared := _sharing_weights(arm)) > 1:
+            notes.append(
+                f"{shared} seeds of arm {name} have images of one generator: the interval covers the luck of drawing them, not that of training "
+                "it."
+            )
     better_taught = {arm.base for arm in arms if _saw_more(arm, cohort)}
     for name in dict.fromkeys(arm.base for arm in arms if arm.base in better_taught):
         notes.append(
@@ -61,12 +68,22 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     return notes
 
 
+def _sharing_weights(arm: Arm) -> int:
+    """The largest number of seeds with images of their own whose maker had the same weights; 0 if no seed has its own."""
+    makers = [
+        {(case.lineage or {}).get("weights_sha256") for source in one.added() for case in source.cohort.training}
+        for one in arm.by_seed.values()
+    ]
+    return max(Counter(weights for of_seed in makers for weights in of_seed - {None}).values(), default=0)
+
+
 def _saw_more(arm: Arm, cohort: Cohort) -> bool:
     """True if generator, guide or filter of an arm learned from groups that its part of the real images does not hold."""
     if arm.real_fraction in (None, 1):
         return False
     kept = {case.group for case in kept_cases(arm, cohort, 0)}
-    makers = [source.cohort.fit_on for source in arm.added() if not source.of_kept]  # copies of kept images have no other maker
+    sources = [source for one in arm.sets() for source in one.added()]
+    makers = [source.cohort.fit_on for source in sources if not source.of_kept]  # copies of kept images have no other maker
     return any(set(groups) - kept for fit_on in makers for groups in fit_on.values())
 
 

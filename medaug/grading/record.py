@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class GradingRecord:
         cells: planned, in the order of the rows.
         notes: warnings, repeated in every verdict.
         failed: arm, network, seed, code and reason of cells that have no row because their network or recipe failed.
-        acceptance: arm -> source -> what the gate accepted per class, where the folder of the images says so.
+        acceptance: arm -> source -> what the gate accepted per class, of all sets together, where the folders of the images say so.
+        image_sets: arm -> number of sets of images, one for each seed; an arm that has one set for all seeds is not among them.
         command, profile: as the report shows them.
         num_resamples: of the bootstrap.
         finished: False until the last cell is there.
@@ -71,6 +72,7 @@ class GradingRecord:
     notes: tuple[str, ...] = ()
     failed: tuple[Row, ...] = ()
     acceptance: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] | None = None
+    image_sets: Mapping[str, int] = field(default_factory=dict)
     command: str = ""
     profile: str = ""
     num_resamples: int = 10_000
@@ -100,7 +102,7 @@ def record_to_json(record: GradingRecord) -> dict[str, Any]:
         "failed": [dict(row) for row in record.failed],
         "acceptance": {arm: dict(sources) for arm, sources in (record.acceptance or {}).items()},
         "cells": [[cell.arm, cell.network, cell.seed, cell.sha256] for cell in record.cells],
-    }
+    } | ({"image_sets": dict(record.image_sets)} if record.image_sets else {})
 
 
 def record_from_json(content: Any) -> GradingRecord:
@@ -132,6 +134,7 @@ def record_from_json(content: Any) -> GradingRecord:
             notes=tuple(map(str, content["notes"])),
             failed=tuple(dict(row) for row in content["failed"]),
             acceptance=content["acceptance"],
+            image_sets={str(arm): int(count) for arm, count in content.get("image_sets", {}).items()},
             command=str(content["command"]),
             profile=str(content["profile"]),
             num_resamples=int(content["num_resamples"]),
@@ -184,13 +187,22 @@ def acceptance_of(arms: Sequence[Arm], real: Cohort) -> dict[str, dict[str, list
     """Per arm and source what the gate let through, from ``gate.json`` beside the images; without one there is nothing to say."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for arm in {arm.base: arm for arm in arms}.values():
-        for source in arm.added():
+        for source in (source for one in arm.sets() for source in one.added()):
             path = None if source.cohort.root is None else source.cohort.root / "gate.json"
             gate = storage.read_json(path) if path is not None and path.is_file() else None
             if isinstance(gate, dict) and gate.get("cohort_sha256") == real.content_sha256:
-                rows = [{key: row[key] for key in ("name", "generated", "accepted")} for row in gate.get("acceptance", ())]
-                found.setdefault(arm.base, {})[source.name] = rows
+                of_arm = found.setdefault(arm.base, {})
+                of_arm[source.name] = _summed(of_arm.get(source.name, []), gate.get("acceptance", ()))
     return found
+
+
+def _summed(before: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Generated and accepted images class by class, with those of the sets before."""
+    known = {row["name"]: row for row in before}
+    return [
+        {"name": row["name"]} | {key: row[key] + known.get(row["name"], {}).get(key, 0) for key in ("generated", "accepted")}
+        for row in rows
+    ]
 
 
 class RecordKeeper:

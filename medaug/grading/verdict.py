@@ -3,16 +3,18 @@
 An arm "helps" only if the 95 % interval of its difference lies above 0 against plain training *and* against the control that repeats real
 images, both also after Holm's correction over the arms; without that control no arm is said to help. An arm that shows its images
 through views of its own (AMST) must in the same way beat real images seen through its weak view. It "harms" if its interval against
-plain training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, and three seeds at least.
+plain training lies below 0, also after Holm's correction. Both ask every seed to agree on the sign, three seeds at least, and test images
+of two groups.
 Everything else is "no evidence", which is not "no effect".
 
 Both metrics depend on where the classes are cut: images that make a network say one class more often can raise them, and a threshold
 may have done the same. The area under the ROC curve does not (`pair_auc`), so it is given beside every verdict, and a verdict for which
 it shows no difference says so.
 
-The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. What no interval here covers is the
-luck of the generator: all seeds train on the same folder of images, so a verdict is about these images; another run of the same method
-may deserve another one.
+The intervals cover the choice of test patients and the luck of training, see `with_training_luck`. Where all seeds train on the same
+folder of images, no interval covers the luck of the generator: the verdict is about these images, and another run of the same method
+may deserve another one. Where every seed has images of its own (`medaug.grading.image_sets`), that luck is part of what differs between
+the seeds, and the verdict is about the method.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ BASELINE = "none"
 CONTROL = "oversample"
 SIGNIFICANCE = 0.05
 FEW_GROUPS = 20
+FEWEST_GROUPS = 2  # resamples of one group are all alike: the interval would hold nothing of the luck of patients
 FEWEST_SEEDS = 3  # with two, one benchmark in six without an effect got a verdict in simulation
 
 METRIC_LABELS = {"balanced_accuracy": "balanced accuracy", "quadratic_kappa": "quadratic kappa"}
@@ -127,7 +130,7 @@ def judge(
     none, control, views = (_comparison(scores, kind) for kind in kinds)
     ranking = [_comparison(scores.ranking, kind) for kind in kinds] if scores.ranking else []
     has_control = CONTROL in {arm.partition("@")[0] for arm in predictions.arms}
-    warnings = _warnings(predictions, notes, has_control)
+    warnings, num_groups = _warnings(predictions, notes, has_control), len(set(predictions.groups))
     verdicts: dict[str, dict[str, Any]] = {}
     for arm, other in opponents.items():
         seeds = scores.seed_differences(arm, other.baseline)
@@ -135,7 +138,7 @@ def judge(
         helped = has_control and all(_above(family, arm) for family in required) and min(seeds) > 0
         harmed = none.overall[arm].high < 0 and none.p_holm[arm] < SIGNIFICANCE and max(seeds) < 0
         spoken = "helps" if helped else "harms" if harmed else "no evidence"
-        verdict = spoken if len(seeds) >= FEWEST_SEEDS else "no evidence"
+        verdict = spoken if len(seeds) >= FEWEST_SEEDS and num_groups >= FEWEST_GROUPS else "no evidence"
         results = [family.overall.get(arm) for family in (none, control, views)]
         ranked = [family.overall[arm] for family in ranking if arm in family.overall]
         verdicts[arm] = {
@@ -220,7 +223,9 @@ def _validation_difference(predictions: Predictions, arm: str, other: str) -> fl
 def _warnings(predictions: Predictions, known: Sequence[str], has_control: bool) -> list[str]:
     notes = list(known)
     num_groups = len(set(predictions.groups))
-    if num_groups < FEW_GROUPS:
+    if num_groups < FEWEST_GROUPS:
+        notes.append("All test images are of one group, which shows nothing of the luck of patients: no arm gets a verdict.")
+    elif num_groups < FEW_GROUPS:
         notes.append(f"The test split has only {num_groups} groups; intervals from so few are rough.")
     num_seeds = len(next(iter(predictions.probs.values())))
     if num_seeds < FEWEST_SEEDS:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from medaug.evidence.shown import counted, listed, unknown_patients
+from medaug.grading.classic_copies import COPIES
+from medaug.grading.mixing import REAL
 from medaug.grading.record import GradingRecord
 from medaug.grading.rows import Row
 from medaug.grading.verdict import FEW_GROUPS, FEWEST_SEEDS, METRIC_LABELS
@@ -29,12 +31,22 @@ class Outcome:
 
 
 def _generator(outcome: Outcome) -> str | None:
-    if not any(row["num_synthetic"] for row in outcome.rows):
+    made = dict.fromkeys(row["arm"] for row in outcome.rows if row["num_synthetic"] and not _copies_alone(row))
+    bases = {arm.name: arm.base for arm in outcome.record.arms}
+    shared = [arm for arm in made if bases[arm] not in outcome.record.image_sets]
+    if not shared:
         return None
+    which = "each synthetic arm" if len(shared) == len(made) else f"the arm(s) {listed(shared)}"
     return (
-        "One set of images for each synthetic arm: all seeds are of the graders and train on the same images. No interval covers "
+        f"One set of images for {which}: all seeds are of the graders and train on the same images. No interval covers "
         "another run of the generator, which may deserve another verdict."
     )
+
+
+def _copies_alone(row: Row) -> bool:
+    """True if what a run adds is turned or mirrored real images: nobody generated them."""
+    sources = set(row.get("per_source") or ()) - {REAL}
+    return bool(sources) and sources <= set(COPIES)
 
 
 def _image_size(outcome: Outcome) -> str:

@@ -57,7 +57,7 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         asked=_asked(study, outcome),
         summary=_summary(outcome),
         arms=[_arm(entry) for entry in outcome.verdict.values()],
-        ungraded=[line for line in facts.get("made") or () if line["accepted"] == 0],
+        ungraded=[line for line in facts.get("made") or () if line["accepted"] == 0 or line.get("seeds_without")],
         warnings=_warnings(outcome),
         figures=figures,
         samples="samples.png" if facts.get("samples") else None,

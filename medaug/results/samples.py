@@ -17,6 +17,7 @@ from medaug.results.sources import is_page
 SAMPLES_NAME = "samples.png"
 PER_CLASS = 12
 ACCEPTED = "accepted"
+GENERATORS = "generators"
 
 __all__ = ["PER_CLASS", "SAMPLES_NAME", "samples_png"]
 
@@ -37,8 +38,10 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
             )
         return (folder / SAMPLES_NAME).read_bytes()
     # The main job has one set, an experiment one for each row, under feedback/ for a row that was made in rounds.
-    places = {place: place.name for place in sorted((folder / ACCEPTED).glob("*/"))}
-    places |= {place: place.parent.name for place in sorted(folder.glob(f"feedback/*/{ACCEPTED}/"))}
+    root = next(iter(sorted(folder.glob(f"{GENERATORS}/*/"))), folder)  # of several generators one
+    which = "" if root is folder else f", seed {root.name}"
+    places = {place: place.name + which for place in sorted((root / ACCEPTED).glob("*/"))}
+    places |= {place: place.parent.name + which for place in sorted(root.glob(f"feedback/*/{ACCEPTED}/"))}
     if (folder / ACCEPTED / FILE_NAME).is_file():
         places = {folder / ACCEPTED: ""}
     found = {title: read_cohort(place) for place, title in places.items() if (place / FILE_NAME).is_file()}

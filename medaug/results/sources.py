@@ -84,12 +84,17 @@ def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Map
         known = {name: experiment[name] for name in names if experiment.get(name)}
         table = [line for line in experiment.get("table", ()) if line.get("generated")]
         rows = {str(line["arm"]).partition("@")[0]: line for line in reversed(table)}  # variants of a row share its images
-        made = [{name: line.get(name) for name in _MADE} | {"arm": row} for row, line in reversed(rows.items())]
+        made = [{name: line.get(name) for name in _MADE} | {"arm": row} | _lacking(line) for row, line in reversed(rows.items())]
         hidden: dict[str, Any] = {name: _public(known[name]) for name in ("settings", "intake") if name in known}
         return {"kind": EXPERIMENT, **common, **known, **hidden, "made": made}
     if job is not None:
         return {"kind": JOB, "name": str(job.get("bundle", "")), **common}
     return {"kind": GRADING, **common}
+
+
+def _lacking(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The seeds at which a row has no image although it has some at others."""
+    return {"seeds_without": line["seeds_without"]} if line["accepted"] and line.get("seeds_without") else {}
 
 
 def _object(path: Path) -> dict[str, Any] | None:

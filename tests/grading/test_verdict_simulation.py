@@ -8,6 +8,7 @@ single run. Both are drawn anew for every arm, so differences between arms hold 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,3 +130,33 @@ def test_choosing_a_ratio_on_validation_earns_no_verdict(luck):
         bias = float(np.mean([entry["against_none"]["difference"] for entry in entries]))
         print(f"no effect, luck {luck}, best of {num_ratios} ratio(s): helps {helps:.4f}, mean difference {bias:+.4f}")  # noqa: T201
         assert helps <= 0.025 + 2.5 * math.sqrt(0.025 * 0.975 / count)  # a false "helps" is one side of the 5 %
+
+
+def with_generator_luck(key, own_images, generator_luck, num_seeds, **options):
+    """Predictions where the synthetic images of a run are worth more or less than none by luck alone: one run, or one for each seed."""
+    worth = np.random.default_rng([key, 1]).normal(0, generator_luck, num_seeds)
+    effects = NO_EFFECT | {"synthetic": worth if own_images else worth[0]}
+    return simulate(key, effects, num_seeds=num_seeds, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_images_of_its_own_for_every_seed_cover_the_luck_of_the_generator(num_seeds):
+    """A luck of 0.3 moves the accuracy by about 0.075. Shared by all seeds it is taken for an effect, and drawn anew it is not."""
+    count, spoken = 300, {}
+    for own_images in (False, True):
+        options = {"num_networks": 2, "num_seeds": num_seeds, **LUCK["of runs"]}
+        found = [with_generator_luck(key, own_images, 0.3, **options) for key in range(count)]
+        verdicts = [judge(one, ordinal=False, num_resamples=200)["synthetic"]["verdict"] for one in found]
+        spoken[own_images] = float(np.mean([verdict != "no evidence" for verdict in verdicts]))
+    print(f"no effect, luck of the generator .3, {num_seeds} seeds: one set {spoken[False]:.3f}, own sets {spoken[True]:.3f}")  # noqa: T201
+    assert spoken[True] <= 0.05 + 2.5 * math.sqrt(0.05 * 0.95 / count) < spoken[False]
+
+
+def test_one_test_patient_earns_no_verdict():
+    """Whatever the arms do on a single patient, nothing tells the patient's luck from an effect."""
+    one = simulate(0, NO_EFFECT | {"synthetic": 3.0}, num_networks=2, num_seeds=3, seed_luck=0.0, run_luck=0.1)
+    many = judge(one, ordinal=False, num_resamples=200)["synthetic"]
+    single = judge(replace(one, groups=["g"] * len(one.groups)), ordinal=False, num_resamples=200)["synthetic"]
+    assert (many["verdict"], single["verdict"]) == ("helps", "no evidence")
+    assert "All test images are of one group" in single["warnings"][0]
