@@ -20,7 +20,8 @@ import numpy as np
 
 from medaug import assets, storage
 from medaug.cohort import read_cohort
-from medaug.errors import ConfigError
+from medaug.errors import ConfigError, StorageError
+from medaug.experiment_checks import check_experiment
 from medaug.experiment_file import Experiment, ExperimentRow, read_experiment
 from medaug.feedback import run_feedback
 from medaug.grading.presets import ALL_REAL
@@ -64,10 +65,16 @@ def run_experiment(
         ConfigError, DataError, LeakageError, StorageError: see the stages.
     """
     experiment = read_experiment(file, profile)
+    check_experiment(experiment)
     out = Path(out)
     tracking = dict(tracking or {"enabled": False})
-    options = None if cohort_dir is not None else section_options(_intake(experiment), out / "cohort")
+    options = None
+    if cohort_dir is None:
+        options = section_options(_intake(experiment), out / "cohort")
+    else:
+        read_cohort(Path(cohort_dir))  # before anything is written
     with storage.locked(out):
+        _refuse_another(out, experiment)
         head = _head(experiment, file, profile, seed, with_intake=options is not None)
         storage.write_json(out / "experiment.json", head)  # what a report of an unfinished experiment can say
         sessions = Sessions(out)
@@ -95,6 +102,22 @@ def run_experiment(
         storage.write_json(out / "experiment.json", summary)
         storage.write_text(out / "table.md", markdown(experiment.title, table))
     return summary
+
+
+def _refuse_another(out: Path, experiment: Experiment) -> None:
+    """Leave a page, and what another experiment made, alone.
+
+    Raises:
+        StorageError: `folder-not-empty`.
+    """
+    path = out / "experiment.json"
+    known = storage.read_json(path) if path.is_file() else None
+    if known is None:
+        return
+    page = not isinstance(known, dict) or "rows_sha256" in known
+    if page or known.get("name") != experiment.name:
+        what = "a page of medaug report" if page else f"the experiment {known.get('name')}"
+        raise StorageError("folder-not-empty", f"{out.name} holds {what}, not {experiment.name}; choose another --out.")
 
 
 def _head(experiment: Experiment, file: str, profile: str | None, seed: int, *, with_intake: bool) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from medaug import assets, storage
 from medaug.errors import ConfigError
-from medaug.grading.arms import parse_arm
+from medaug.grading.arms import check_arm_name, parse_arm
 from medaug.grading.image_sets import SEED
 from medaug.grading.presets import ALL_REAL, PRESETS, check_presets
 from medaug.grading.recipe import grading_recipe
 from medaug.intake.section import check_section
+from medaug.kinds import MAPPING, NUMBER, SWITCH, TEXT, TEXTS, WHOLE, Kind, check_kinds, one_or_several
 from medaug.quality.gate_config import plan_checks, take_threshold
 from medaug.training.amst_recipe import amst_recipe
 from medaug.workflow import read_yaml
@@ -26,10 +27,25 @@ EXTENDS = "extends"
 KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "generator_per_seed", "shared", "rows", "cells")
 MAPPINGS = ("training", "generating", "gate", "feedback")  # a row's own values are laid over the shared ones key by key
 ROW_KEYS = ("name", "bundle", "overlay", *MAPPINGS, "trainer")
-GATE_KEYS = ("checks", "threshold", "network", "filter_recipe", "calibrate", "label", "amst")
+ROW_KINDS = {**dict.fromkeys(("bundle", "overlay", "trainer"), TEXT), **dict.fromkeys(MAPPINGS, MAPPING)}
+GATE_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("network", "label"), TEXT),
+    **dict.fromkeys(("filter_recipe", "amst"), MAPPING),
+    **{"checks": ("a list of checks", lambda value: isinstance(value, list)), "threshold": NUMBER, "calibrate": SWITCH},
+}
 GENERATORS = "generators"  # folder of what each seed of the graders has of its own
 GRADING: dict[str, Any] = {"networks": ["simple_cnn", "resnet18"], "seeds": 3, "profile": "cpu32"}
-GRADING_KEYS = (*GRADING, "synthetic_per_real", "allocation", "real_fraction", "amst", "overrides")
+GRADING_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("profile", "allocation"), TEXT),
+    **dict.fromkeys(("synthetic_per_real", "real_fraction"), one_or_several(NUMBER)),
+    **dict.fromkeys(("amst", "overrides"), MAPPING),
+    **{"networks": one_or_several(TEXT), "seeds": one_or_several(WHOLE)},
+}
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("name", "title", "profile"), TEXT),
+    **dict.fromkeys(("arms", "cells"), TEXTS),
+    **{"shared": MAPPING, "generator_per_seed": SWITCH},
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,7 @@ class ExperimentRow:
         training, generating: overrides of these stages, as for `run_stage`; a `seed` of generating is added to the experiment's,
             so that rows of one run draw images of their own.
         overlay: of the bundle, for generating; empty for none.
-        gate: keyword arguments of `medaug.stages.gate_synthetic`, those of `GATE_KEYS`; without any check only unreadable and
+        gate: keyword arguments of `medaug.stages.gate_synthetic`, those of `GATE_KINDS`; without any check only unreadable and
             empty images are turned away.
         feedback: make the images in rounds, see `feedback_options`; None makes them at once.
         trainer: how the graders use its images, as in ``NAME=FOLDER:trainer``; empty for plain training.
@@ -97,7 +113,7 @@ class Experiment:
         intake: how the cohort is made, see `medaug.intake.section`; None if the file does not say.
         arms: real-only arms beside them; `none` is always there.
         profile: overlay for all bundles.
-        grading: keyword arguments of `medaug.stages.grade_arms`, those of `GRADING_KEYS`.
+        grading: keyword arguments of `medaug.stages.grade_arms`, those of `GRADING_KINDS`.
         cells: mixtures of real images and the rows' images; where there are any, the rows are no arms of their own.
         generator_per_seed: every seed of the graders trains on images of a generator of its own, so that the verdict is about the
             method and not about one set of images.
@@ -152,6 +168,7 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
     """
     content = _content(file)
     _check_keys("experiment", content, KEYS)
+    check_kinds("an experiment", content, KINDS)
     shared, rows = content.get("shared") or {}, content.get("rows") or []
     _check_keys("shared settings", shared, ROW_KEYS)
     if not isinstance(rows, list) or not rows:
@@ -166,11 +183,14 @@ def read_experiment(file: str, profile: str | None = None) -> Experiment:
     for arm in arms:
         if "=" not in arm and arm not in PRESETS:
             parse_arm(arm)
-    name, title = str(content.get("name") or Path(file).stem), str(content.get("title", ""))
-    cells = tuple(map(str, content.get("cells") or ()))
+    name, title = str(content.get("name") or Path(file).stem), str(content.get("title") or "")
+    if Path(name).name != name:
+        raise ConfigError("config-value", f"name of an experiment becomes that of a file and can be no path, got {name[:80]!r}.")
+    cells = tuple(content.get("cells") or ())
     check_presets(cells, names)
+    own_generators = bool(content.get("generator_per_seed"))
     return Experiment(
-        name, title, made, intake, arms, profile or content.get("profile"), _grading(content), cells, _switch(content)
+        name, title, made, intake, arms, profile or content.get("profile"), _grading(content), cells, own_generators
     )
 
 
@@ -188,18 +208,13 @@ def _content(file: str) -> dict[str, Any]:
     return {key: value for key, value in base.items() if key != "name"} | own
 
 
-def _switch(content: Mapping[str, Any]) -> bool:
-    value = content.get("generator_per_seed", False)
-    if not isinstance(value, bool):
-        raise ConfigError("config-value", f"generator_per_seed of an experiment is true or false, got {value!r}.")
-    return value
-
-
 def _grading(content: Mapping[str, Any]) -> dict[str, Any]:
     grading = content.get("grading") or {}
-    _check_keys("grading settings", grading, GRADING_KEYS)
-    settings = GRADING | dict(grading)
+    _check_keys("grading settings", grading, tuple(GRADING_KINDS))
+    check_kinds("the grading settings", grading, GRADING_KINDS)
+    settings = GRADING | {key: value for key, value in grading.items() if value is not None}
     grading_recipe(settings["profile"], "simple_cnn", settings.get("overrides"))  # a wrong field shows before hours of training
+    amst_recipe("amst", settings.get("amst"))
     return settings
 
 
@@ -215,17 +230,19 @@ def _row(shared: Mapping[str, Any], row: Any) -> ExperimentRow:
     """The shared settings with a row's own laid over them, mapping by mapping."""
     _check_keys("rows of an experiment", row, ROW_KEYS)
     merged: dict[str, Any] = {key: value for key, value in {**shared, **row}.items() if value is not None}
+    for part in (shared, row):
+        check_kinds("a row of an experiment", part, ROW_KINDS)
     for key in MAPPINGS:
         given = [part[key] for part in (shared, row) if part.get(key) is not None]
-        if not all(isinstance(part, Mapping) for part in given):
-            raise ConfigError("config-value", f"{key} of a row of an experiment must be a mapping of settings.")
         if given:
             merged[key] = {name: value for part in given for name, value in part.items()}
     missing = [key for key in ("name", "bundle") if not merged.get(key)]
     if missing:
         raise ConfigError("experiment-rows", f"A row of an experiment needs {' and '.join(missing)}.")
+    check_arm_name(merged["name"])
     made = ExperimentRow(**merged)
-    _check_keys("gate settings of a row", made.gate, GATE_KEYS)
+    _check_keys("gate settings of a row", made.gate, tuple(GATE_KINDS))
+    check_kinds("the gate settings of a row", made.gate, GATE_KINDS)
     plan_checks(take_threshold(made.gate.get("checks") or [], None)[0])
     if made.trainer:
         amst_recipe(made.trainer.partition(":")[0])

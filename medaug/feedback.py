@@ -34,6 +34,7 @@ from medaug.generation.plan import quotas
 from medaug.grading.metrics import classification_metrics
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.verdict import primary_metric
+from medaug.kinds import NUMBER, SWITCH, TEXT, check_kinds
 from medaug.networks.grading import build_network
 from medaug.progress import progress
 from medaug.quality.checks import CHECKS
@@ -93,6 +94,7 @@ class FeedbackOptions:
             raise ConfigError("feedback-option", f"least_gain must be a finite number of at least 0, got {gain!r}.")
         if unknown := sorted(set(self.checks) - set(CHECKS)):
             raise ConfigError("feedback-option", f"checks must be of {', '.join(CHECKS)}, got {', '.join(unknown)}.")
+        check_kinds("feedback", asdict(self), {"share": NUMBER, "network": TEXT, "grading_profile": TEXT, "one_shot": SWITCH})
         doubted_references([], [], [], self.share)  # checks the share
         grading_recipe(self.grading_profile, self.network)
 

@@ -6,6 +6,7 @@ never in them: what a stage makes stays the same bytes on a slow machine and on 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -128,7 +129,10 @@ def checked(content: Any) -> dict[str, list[Any]]:
     try:
         environments, stages = list(content["environments"]), list(content["stages"])
         good = all(isinstance(entry["packages"], dict) for entry in environments) and all(
-            isinstance(entry["stage"], str) and 0 <= entry["environment"] < len(environments) and entry["seconds"] >= 0
+            isinstance(entry["stage"], str)
+            and isinstance(entry["environment"], int)
+            and 0 <= entry["environment"] < len(environments)
+            and 0 <= entry["seconds"] < math.inf
             for entry in stages
         )
     except (KeyError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,10 +158,12 @@ def change(recipe: ClassifierRecipe, fields: Mapping[str, Any]) -> ClassifierRec
     Raises:
         ConfigError: an unknown field.
     """
-    try:
-        return replace(recipe, **fields)
-    except TypeError as error:
-        raise ConfigError("recipe-unknown-key", f"The filter's recipe does not take these fields: {error}.") from error
+    known = [entry.name for entry in fields_of(recipe)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ConfigError(
+            "recipe-unknown-key", f"The filter's recipe has the fields {', '.join(known)}, got {', '.join(unknown)}."
+        )
+    return replace(recipe, **fields)
 
 
 def grade_arms(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -140,7 +141,7 @@ def load_yaml(text: str) -> Any:
     """Plain data from YAML text.
 
     Raises:
-        yaml.YAMLError: not YAML, a key twice, or aliases that multiply to more than `MAX_VALUES` values.
+        yaml.YAMLError: not YAML, a key twice, a number that is not finite, or aliases that multiply to more than `MAX_VALUES` values.
     """
     content = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     waiting, seen = [content], 0
@@ -149,6 +150,8 @@ def load_yaml(text: str) -> Any:
         seen += 1
         if seen > MAX_VALUES:
             raise yaml.YAMLError(f"more than {MAX_VALUES} values; aliases may not multiply")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise yaml.YAMLError("a number is not finite")
         waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
     return content
 
@@ -198,6 +201,22 @@ def run_training(
         inside["output_dir"] = str(Path(given.get("output_dir", "run")) / name)
         run_stage(bundle, "training", profile, inside, overlay=name)
     return record
+
+
+def check_overrides(
+    bundle: str, stage: str, profile: str | None, overrides: Mapping[str, Any], overlay: str | None = None
+) -> None:
+    """Refuse settings of a stage that do not exist or are of another kind, without running it; inside a mapping nothing is looked at.
+
+    Raises:
+        ConfigError: see `load_config` and `run_stage`.
+    """
+    config = load_config(bundle, stage, profile, overlay)
+    for key, value in overrides.items():
+        if key.split("#")[0] not in config:
+            raise _unknown(f"Configuration key {key!r}", key, set(config))
+        if key in config:
+            _check_kind(key, config[key], value)
 
 
 def run_stage(

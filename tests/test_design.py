@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "medaug"
 
-BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress"})  # "" is the package itself: its version
+BASE = frozenset({"", "errors", "storage", "draws", "cohort", "progress", "kinds"})  # "" is the package itself: its version
 LOWER = BASE | {"io", "transforms", "networks", "splits", "prompts", "replay_record"}
 MIDDLE = LOWER | {"diffusion", "training", "quality", "intake", "tracking"}
 UPPER = MIDDLE | {"generation", "grading", "phantom", "assets", "sessions"}
@@ -24,6 +24,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "storage": BASE - {"cohort"},
     "draws": BASE - {"cohort"},
     "progress": BASE - {"cohort"},
+    "kinds": frozenset({"errors"}),
     "sessions": BASE - {"cohort"},
     "cohort": BASE,
     "splits": BASE,
@@ -52,7 +53,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "augment": UPPER | {"grading", "generation", "stages", "workflow", "phantom"},
     "pilot": UPPER | {"stages", "workflow", "augment"},
     "experiment_file": UPPER | {"workflow", "feedback"},
-    "experiment": UPPER | {"stages", "workflow", "feedback", "experiment_file"},
+    "experiment_checks": UPPER | {"stages", "workflow", "experiment_file"},
+    "experiment": UPPER | {"stages", "workflow", "feedback", "experiment_file", "experiment_checks"},
     "feedback": UPPER | {"stages", "workflow"},
     "cli": UPPER
     | {

@@ -10,8 +10,8 @@ import yaml
 
 from medaug import assets
 from medaug.errors import ConfigError
+from medaug.experiment_checks import check_experiment
 from medaug.experiment_file import read_experiment
-from medaug.workflow import load_config
 
 SHARED: dict[str, Any] = {"bundle": "guided_ddpm", "training": {"batch_size": 4, "max_epochs": 1}, "gate": {"checks": ["usable"]}}
 ROWS = [
@@ -77,10 +77,7 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, content: dict[st
 def test_shipped_experiments_are_complete(name: str) -> None:
     read = read_experiment(name)
     assert read.title and read.intake is not None and read.intake["source"].startswith("$MEDAUG_DATA/")
-    for row in read.rows:
-        for stage, own, overlay in (("training", row.training, None), ("generating", row.generating, row.overlay or None)):
-            config = load_config(row.bundle, stage, read.profile, overlay)
-            assert {key.split("#")[0] for key in own} <= set(config), (row.name, stage)
+    check_experiment(read)
 
 
 def test_rows_of_cells_are_sources_and_all_real_images_are_the_baseline(tmp_path: Path) -> None:

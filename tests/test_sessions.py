@@ -51,7 +51,13 @@ def test_folders_are_joined_with_each_environment_once() -> None:
     assert sessions.joined([]) == {"environments": [], "stages": []}
 
 
-@pytest.mark.parametrize("content", [[], {"environments": [], "stages": [{"stage": "a", "environment": 0, "seconds": 1}]}])
+ENDLESS = {"environments": [{"packages": {}}], "stages": [{"stage": "a", "environment": 0, "seconds": float("inf")}]}
+BROKEN = {"environments": [{"packages": {}}], "stages": [{"stage": "a", "environment": 0.0, "seconds": 1}]}
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"environments": [], "stages": [{"stage": "a", "environment": 0, "seconds": 1}]}, ENDLESS, BROKEN]
+)
 def test_another_file_is_refused(tmp_path: Path, content: object) -> None:
     (tmp_path / sessions.FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(DataError, match="sessions-malformed"):

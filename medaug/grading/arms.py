@@ -43,6 +43,7 @@ __all__ = [
     "at_seed",
     "build_training_set",
     "check_arm",
+    "check_arm_name",
     "extra_counts",
     "in_proportion",
     "kept_cases",
@@ -81,10 +82,9 @@ def parse_arm(
     name, separator, folder = text.partition("=")
     if not separator:
         return _built_in(name, real_fraction, amst, named or {}, allow_untrusted)
-    if not _NAME.fullmatch(name) or name in (*POLICIES, OVERSAMPLE, WEAK_VIEW) or not folder:
-        raise ConfigError(
-            "arm-name", f"The name of an arm NAME=FOLDER must be letters, digits, . _ + - and not a built-in arm, got {name!r}."
-        )
+    check_arm_name(name)
+    if not folder:
+        raise ConfigError("arm-name", f"An arm NAME=FOLDER needs a folder, got {text!r}.")
     if synthetic_per_real is not None and not synthetic_per_real > 0:
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {synthetic_per_real!r}.")
     if allocation not in ALLOCATIONS:
@@ -109,6 +109,20 @@ def parse_arm(
                 "arm-name", f"Arm {name} trains by AMST on nothing; write NAME=FOLDER:amst or NAME=:amst:UNLABELLED."
             )
     return Arm(name, synthetic=read_cohort(Path(folder), verify=True) if folder else None, **options)
+
+
+def check_arm_name(name: object) -> None:
+    """Refuse a name that no arm of its own images can have.
+
+    Raises:
+        ConfigError: `arm-name`.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (*POLICIES, OVERSAMPLE, WEAK_VIEW):
+        raise ConfigError(
+            "arm-name",
+            "The name of an arm NAME=FOLDER must be up to 64 letters, digits, . _ + -, beginning with a letter or digit, and not a built-in "
+            f"arm, got {str(name)[:80]!r}.",
+        )
 
 
 def _built_in(

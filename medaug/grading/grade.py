@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from medaug import storage
-from medaug.cohort import Cohort, read_cohort
+from medaug.cohort import FILE_NAME, Cohort, read_cohort
 from medaug.errors import ConfigError
 from medaug.grading.arm_terms import term_names
 from medaug.grading.arms import Arm, parse_arm
@@ -94,6 +94,8 @@ def grade(
         held-out groups.  StorageError: the folder is in use or cannot be written.
     """
     out = Path(out)
+    if (out / FILE_NAME).is_file():
+        raise ConfigError("out-is-input", f"{out.name} holds a cohort; choose another --out for the results.")
     cohort = read_cohort(Path(cohort_dir), verify=True)
     names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
     which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)

@@ -27,7 +27,7 @@ FIGURES = (PLOT_NAME, "forest.png", "mixing.png", "learning.png", "confusion.png
 TABLES = ("table.md", "table.tex", "table.csv", "rows.csv")
 CURVES, CLASSES = "curves.csv", "classes.csv"
 
-__all__ = ["CLASSES", "CURVES", "FIGURES", "PLOT_NAME", "TABLES", "write_report"]
+__all__ = ["CLASSES", "CURVES", "FIGURES", "PLOT_NAME", "TABLES", "pictures", "write_report"]
 
 
 def write_report(
@@ -37,6 +37,7 @@ def write_report(
     verdict: Mapping[str, Any],
     *,
     points: Sequence[Point] = (),
+    plots: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Write every file of the report into `out`. Returns the names of its pictures.
 
@@ -44,6 +45,7 @@ def write_report(
         record: of the grading; its command is shown as it is.
         rows: full rows of `run_benchmark`.  verdict: of `judge`.
         points: of `curve_points`, where an arm was graded at several ratios or fractions.
+        plots: of `pictures`, where they are there already.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -62,9 +64,7 @@ def write_report(
             storage.write_csv(out / name, lines, list(lines[0]))
         else:
             (out / name).unlink(missing_ok=True)
-    plots = {
-        name: png(figure) for name, figure in _figures(record.data, rows, verdict, points, metric).items() if figure is not None
-    }
+    plots = pictures(record, rows, verdict, points) if plots is None else plots
     for name in FIGURES:
         if name in plots:
             storage.write_bytes(out / name, plots[name])
@@ -72,6 +72,12 @@ def write_report(
             (out / name).unlink(missing_ok=True)
     storage.write_text(out / "report.html", _html(record, rows, table, by_class, verdict, metric, plots, points))
     return list(plots)
+
+
+def pictures(record: GradingRecord, rows: Sequence[Row], verdict: Mapping[str, Any], points: Sequence[Point]) -> dict[str, bytes]:
+    """The pictures of a report as PNG files, by name; arguments as of `write_report`."""
+    figures = _figures(record.data, rows, verdict, points, primary_metric(record.data.ordinal))
+    return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def _figures(

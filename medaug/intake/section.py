@@ -13,40 +13,23 @@ from typing import Any
 
 from medaug.errors import ConfigError
 from medaug.intake.records import IntakeOptions
+from medaug.kinds import SWITCH, TEXT, TEXTS, WHOLE, Kind, numbers
 
 PATHS = ("source", "labels", "masks")
 
 __all__ = ["check_section", "publishable", "section_options"]
 
-_Kind = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _numbers(count: int) -> _Kind:
-    return (
-        f"a list of {count} numbers",
-        lambda value: isinstance(value, list) and len(value) == count and all(map(_is_number, value)),
-    )
-
-
-_TEXT: _Kind = ("a text", lambda value: isinstance(value, str) and bool(value))
-_WHOLE: _Kind = ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
-_SWITCH: _Kind = ("true or false", lambda value: isinstance(value, bool))
-_NAMES: _Kind = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value))
-_PAIRS: _Kind = (
+_PAIRS: Kind = (
     "a mapping of labels to names",
     lambda value: isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value.values()),
 )
 # Not among them: where the cohort goes, what is written beside it, and what belongs to a machine.
 _TEXTS = ("key", "key_column", "label_column", "group_column", "patient_column", "split_column", "slice_column", "reader_column")
-_KINDS: dict[str, _Kind] = {
-    **dict.fromkeys((*PATHS, *_TEXTS, "senior", "name", "sheet", "modality", "conflicts", "burned_in", "slices"), _TEXT),
-    **dict.fromkeys(("image_size", "training_images", "dimensions", "seed"), _WHOLE),
-    **dict.fromkeys(("ordinal", "strict", "keep_names"), _SWITCH),
-    **{"split": _numbers(3), "window": _numbers(2), "class_names": _PAIRS, "classes": _NAMES},
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys((*PATHS, *_TEXTS, "senior", "name", "sheet", "modality", "conflicts", "burned_in", "slices"), TEXT),
+    **dict.fromkeys(("image_size", "training_images", "dimensions", "seed"), WHOLE),
+    **dict.fromkeys(("ordinal", "strict", "keep_names"), SWITCH),
+    **{"split": numbers(3), "window": numbers(2), "class_names": _PAIRS, "classes": TEXTS},
 }
 
 

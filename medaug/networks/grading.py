@@ -111,6 +111,15 @@ def _builder(name: str) -> Builder:
     )
 
 
+def check_network(name: str) -> None:
+    """Refuse a name that no network has.
+
+    Raises:
+        ConfigError: `network-unknown`.
+    """
+    _builder(name)
+
+
 def build_network(
     name: str,
     num_classes: int,

@@ -11,12 +11,11 @@ from typing import Any
 from medaug import storage
 from medaug.errors import DataError, StorageError
 from medaug.grading.judgement import judged_rows, verdict_and_points
-from medaug.grading.record import RECORD_NAME
-from medaug.grading.report import write_report
+from medaug.grading.report import pictures, write_report
 from medaug.results.limits import Outcome
 from medaug.results.readme import readme
 from medaug.results.samples import SAMPLES_NAME, samples_png
-from medaug.results.sources import BENCHMARK, is_page, read_study
+from medaug.results.sources import is_page, read_study, text_of
 from medaug.results.study import Study, page_files
 from medaug.results.unfinished import finished_part
 
@@ -64,14 +63,13 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
     verdict, points = verdict_and_points(record, rows)
     with storage.locked(out):
         _refuse_occupied(out)
-        notes = next(
-            (place.read_text(encoding="utf-8") for place in (out / NOTES_NAME, folder / NOTES_NAME) if place.is_file()), ""
-        )
-        figures = write_report(out, record, rows, verdict, points=points)
-        text = _marked(_readme(study, Outcome(record, rows, verdict), figures, notes))
+        notes = next((text_of(place) for place in (out / NOTES_NAME, folder / NOTES_NAME) if place.is_file()), "")
+        plots = pictures(record, rows, verdict, points)
+        text = _marked(_readme(study, Outcome(record, rows, verdict), list(plots), notes))
         files = {**page_files(study), README_NAME: text} | ({NOTES_NAME: notes} if notes else {})
         for name, content in files.items():
             storage.write_text(out / name, content)
+        figures = write_report(out, record, rows, verdict, points=points, plots=plots)
         if sheet is not None:
             storage.write_bytes(out / SAMPLES_NAME, sheet)
         else:
@@ -116,8 +114,8 @@ def _refuse_occupied(out: Path) -> None:
     """
     path = out / README_NAME
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    stranger = (text is not None and not _MARKED.search(text)) or (out / RECORD_NAME).exists() or (out / BENCHMARK).exists()
-    if stranger or ((out / "experiment.json").is_file() and not is_page(out)):
+    others = [path for path in out.iterdir() if path.name not in (NOTES_NAME, README_NAME) and not path.name.startswith(".")]
+    if (text is not None and not _MARKED.search(text)) or (others and not is_page(out)):
         raise StorageError(
             "page-occupied", f"{out.name} holds files that `medaug report` did not write; choose another --out for the page."
         )

@@ -20,7 +20,7 @@ PAGE_FILES = ("rows.json", "experiment.json", "environment.json")
 EXPERIMENT, JOB, GRADING = "experiment", "augment", "grading"
 _MADE = ("arm", "generated", "accepted", "label_agreement")
 
-__all__ = ["BENCHMARK", "EXPERIMENT", "GRADING", "JOB", "PAGE_FILES", "is_page", "read_study"]
+__all__ = ["BENCHMARK", "EXPERIMENT", "GRADING", "JOB", "PAGE_FILES", "is_page", "read_study", "text_of"]
 
 
 def is_page(folder: Path) -> bool:
@@ -38,13 +38,29 @@ def read_study(folder: Path) -> Study:
             `medaug.results.study`.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(
+            "rows-missing", f"There is no folder {folder.name}; give one of `medaug experiment`, augment or grade, or a page."
+        )
     if is_page(folder):
         rows, content, times = (folder / name for name in PAGE_FILES)
         if not rows.is_file():
             raise DataError("rows-missing", f"The page {folder.name} has lost its rows.json; restore it.")
-        return study_from_files(rows.read_text(encoding="utf-8"), storage.read_json(content), storage.read_json(times))
+        return study_from_files(text_of(rows), storage.read_json(content), storage.read_json(times))
     files = page_files(_graded(folder))  # what is written is what a reader of the page has, whichever way it came here
     return study_from_files(*(files[name] if name == PAGE_FILES[0] else json.loads(files[name]) for name in PAGE_FILES))
+
+
+def text_of(path: Path) -> str:
+    """A file of a page as text, which a person may have written.
+
+    Raises:
+        DataError: `page-malformed`.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("page-malformed", f"{path.name} of {path.parent.name} is not UTF-8 text; save it as UTF-8.") from error
 
 
 def _graded(folder: Path) -> Study:
@@ -73,7 +89,14 @@ def _graded(folder: Path) -> Study:
     if experiment is not None and "table" not in experiment:  # it has been started again and has not come to its end
         record = replace(record, finished=False)
     times = sessions.joined(sessions.read_sessions(place) for place in dict.fromkeys([folder, bench]))
-    return Study(record, rows, _facts(record, experiment, _object(folder / "augment.json")), times)
+    try:
+        return Study(record, rows, _facts(record, experiment, _object(folder / "augment.json")), times)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "experiment-malformed",
+            f"experiment.json or augment.json of {folder.name} lacks or mistypes a field ({type(error).__name__}); run its command again, "
+            "finished rows are kept.",
+        ) from error
 
 
 def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from medaug.draws import key_seed
 from medaug.errors import ConfigError, DataError
+from medaug.kinds import NUMBER, WHOLE
 from medaug.networks.ordinal import LOSSES
 from medaug.training.mixture import Mixture
 from medaug.training.steps import PRECISIONS, batch_indices, class_weights, mixed_precision, rate_factor
@@ -88,13 +89,22 @@ class ClassifierRecipe:
         _require(self.head in LOSSES, "head", f"one of {', '.join(LOSSES)}", self.head)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         for name in ("num_steps", "batch_size", "evaluate_every"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("learning_rate", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        for name in ("warmup_fraction", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
-        _require(self.real_share is None or 0 < self.real_share <= 1, "real_share", "in (0, 1] or none", self.real_share)
+            value = getattr(self, name)
+            _require(WHOLE[1](value) and value >= 1, name, "a whole number of at least 1", value)
+        for name, words, fits in _IN_RANGE:
+            value = getattr(self, name)
+            _require(NUMBER[1](value) and fits(value), name, words, value)
+        share = self.real_share
+        _require(share is None or (NUMBER[1](share) and 0 < share <= 1), "real_share", "in (0, 1] or none", share)
+
+
+_IN_RANGE: Sequence[tuple[str, str, Callable[[float], bool]]] = (
+    ("learning_rate", "above 0", lambda value: value > 0),
+    ("max_grad_norm", "above 0", lambda value: value > 0),
+    ("warmup_fraction", "in [0, 1)", lambda value: 0 <= value < 1),
+    ("label_smoothing", "in [0, 1)", lambda value: 0 <= value < 1),
+    ("weight_decay", "0 or more", lambda value: value >= 0),
+)
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:

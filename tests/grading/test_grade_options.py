@@ -110,3 +110,11 @@ def test_refusals(tmp_path, make_cohort, make_synthetic):
         plan_cells(real, [Arm("x", synthetic=made, amst=amst_recipe("amst"))], ["simple_cnn"], [0], recipe)
     with pytest.raises(ConfigError, match="head must be one of linear, coral"):
         grading_recipe("tiny", "simple_cnn", {"head": "corn"})
+
+
+def test_results_never_go_into_a_cohort(tmp_path, make_cohort):
+    make_cohort(tmp_path / "real")
+    before = {path.name for path in (tmp_path / "real").iterdir()}
+    with pytest.raises(ConfigError, match="out-is-input"):
+        grade(tmp_path / "real", tmp_path / "real", ["none"], "simple_cnn", 1, "tiny")
+    assert {path.name for path in (tmp_path / "real").iterdir()} == before

@@ -412,3 +412,38 @@ def test_every_refusal_is_one_sentence_without_the_path(tmp_path: Path) -> None:
     with pytest.raises(MedaugError) as caught:
         write_page(tmp_path / "folder", tmp_path / "page")
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cohort.json", "gate.json", "report.html", "mine.txt"])
+def test_a_folder_of_something_else_is_left_alone(page: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("{}")
+    with pytest.raises(StorageError, match="page-occupied"):
+        write_page(page, out)
+    assert contents(out) == {name: b"{}"}
+
+
+def test_notes_may_come_first_and_must_be_text(page: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "NOTES.md").write_bytes("Prüfung".encode("cp1252"))
+    with pytest.raises(DataError, match="NOTES.md of out is not UTF-8"):
+        write_page(page, out)
+    assert set(contents(out)) == {"NOTES.md"}
+    (out / "NOTES.md").write_text("Prüfung", encoding="utf-8")
+    write_page(page, out)
+    assert "Prüfung" in (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_half(page: Path, tmp_path: Path) -> None:
+    shutil.copytree(page, tmp_path / "page")
+    edit(tmp_path / "page" / "experiment.json", lambda content: content.update(made=[{}]))
+    with pytest.raises(DataError, match="page-malformed"):
+        write_page(tmp_path / "page", tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+    (tmp_path / "page" / "rows.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"rows\.json of page is not UTF-8"):
+        write_page(tmp_path / "page", tmp_path / "out")
+    with pytest.raises(DataError, match="There is no folder nowhere"):
+        write_page(tmp_path / "nowhere", tmp_path / "out")

@@ -1,0 +1,92 @@
+"""Everything that an experiment's file can get wrong and that no cohort is needed to see, checked before the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from medaug.cohort import read_cohort
+from medaug.errors import ConfigError, DataError
+from medaug.experiment_file import Experiment, ExperimentRow
+from medaug.grading.arm_terms import is_mixed
+from medaug.grading.image_sets import SEED
+from medaug.grading.mixing import ALLOCATIONS, check_fraction
+from medaug.grading.recipe import grading_recipe
+from medaug.grading.variants import amounts
+from medaug.kinds import WHOLE
+from medaug.networks.grading import NETWORKS, check_network
+from medaug.stages import change
+from medaug.training.amst_recipe import amst_recipe
+from medaug.workflow import check_overrides
+
+OF_THE_EXPERIMENT = ("dataset_dir", "output_dir", "run_dir", "tracking")  # settings that it fills in itself
+
+__all__ = ["check_experiment"]
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse a bundle, profile, setting, network, recipe or folder that a stage would refuse after hours.
+
+    Raises:
+        ConfigError, DataError: as that stage would say it.
+    """
+    for row in experiment.rows:
+        _check_row(row, experiment.profile)
+    grading = experiment.grading
+    networks = names.split(",") if isinstance(names := grading["networks"], str) else list(names)
+    networks = [name.strip() for name in networks]
+    _check_distinct("networks", networks)
+    _check_distinct("seeds", seeds := _listed(grading["seeds"]))
+    if isinstance(grading["seeds"], int) and grading["seeds"] < 1 or min(seeds) < 0:
+        raise ConfigError(
+            "config-value", f"seeds of the grading settings are how many, at least 1, or which; got {grading['seeds']}."
+        )
+    for name in networks if networks != ["all"] else NETWORKS:
+        check_network(name)
+        grading_recipe(grading["profile"], name, grading.get("overrides"))
+    if (allocation := grading.get("allocation", ALLOCATIONS[0])) not in ALLOCATIONS:
+        raise ConfigError("allocation-unknown", f"allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}.")
+    for fraction in amounts(grading.get("real_fraction"), "real_fraction"):
+        check_fraction(fraction)
+    if any(ratio <= 0 for ratio in amounts(grading.get("synthetic_per_real"), "synthetic_per_real")):
+        raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {grading['synthetic_per_real']!r}.")
+    for arm in experiment.arms:
+        _check_folder(arm)
+
+
+def _check_row(row: ExperimentRow, profile: str | None) -> None:
+    for stage, settings in (("training", row.training), ("generating", row.generating)):
+        if taken := [key for key in OF_THE_EXPERIMENT if key in settings]:
+            raise ConfigError(
+                "config-value", f"The experiment sets {taken[0]} of row {row.name} itself; leave it out of {stage}."
+            )
+        check_overrides(row.bundle, stage, profile, settings, (row.overlay or None) if stage == "generating" else None)
+    if not WHOLE[1](row.generating.get("seed", 0)):
+        raise ConfigError(
+            "config-value", f"seed of generating of row {row.name} must be a whole number, got {row.generating['seed']!r}."
+        )
+    for network in (row.gate.get("network"), (row.feedback or {}).get("network")):
+        if network is not None:
+            check_network(network)
+    change(grading_recipe("cpu32", "simple_cnn"), row.gate.get("filter_recipe") or {})
+    amst_recipe("amst", row.gate.get("amst"))
+
+
+def _check_folder(arm: str) -> None:
+    """An arm of images that are there already: their folder must be a cohort."""
+    folder = arm.partition("=")[2].partition(":")[0]
+    if folder and not is_mixed(folder) and SEED not in folder:
+        try:
+            read_cohort(Path(folder))
+        except DataError as error:
+            raise DataError(error.code, f"Arm {arm.partition('=')[0]}: {error.message}") from error
+
+
+def _listed(value: object) -> list:  # type: ignore[type-arg]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _check_distinct(what: str, values: Iterable[object]) -> None:
+    known = list(values)
+    if len(set(known)) != len(known):
+        raise ConfigError("config-value", f"{what} of the grading settings must differ from each other, got {known}.")
