@@ -84,8 +84,10 @@ def test_the_cohort_is_made_once_as_the_file_says(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(build, "_take_in", again)
     experiment.run_experiment(file, None, tmp_path / "out", seed=7)  # the split is the file's, not the seed's
+    (tmp_path / "out" / "cohort").rename(tmp_path / "other")
     experiment.run_experiment(file, tmp_path / "other", tmp_path / "out")
     assert seen["cohort"] == tmp_path / "other"
+    (tmp_path / "other").rename(tmp_path / "out" / "cohort")
     with pytest.raises(StorageError, match="folder-not-empty"):
         experiment.run_experiment(
             write(tmp_path, shared=SHARED, rows=ROWS, intake=intake | {"image_size": 32}), None, tmp_path / "out"
@@ -104,8 +106,9 @@ def test_without_images_nothing_begins(
 
 
 def test_what_the_file_freezes_reaches_the_grading_and_the_machine_stays_outside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_cohort: Callable[..., Cohort], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_cohort(tmp_path / "cohort")
     seen = without_work(monkeypatch)
     rows = [*ROWS, {**ROWS[1], "name": "shaken+amst", "trainer": "amst"}]
     frozen = {"synthetic_per_real": [1, 2], "allocation": "balance", "real_fraction": 0.5, "overrides": {"batch_size": 8}}

@@ -203,7 +203,7 @@ def _leading_timesteps(schedule: NoiseSchedule, num: int) -> Tensor:
         raise ConfigError(
             "num-inference-steps",
             f"With spacing leading, {num} of {total} steps begin at timestep {int(timesteps[0])}, where {left:.1%} of the variance is still the "
-            f"image's, not noise; take a number that divides {total}, or spacing linspace.",
+            f"image's, not noise; take spacing linspace, or a number of steps that goes several times into {total}.",
         )
     return timesteps
 

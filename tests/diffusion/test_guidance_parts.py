@@ -1,5 +1,6 @@
 """The parts around the gradient: what a classifier is asked and when, schedules of the scale, the guides that are no gradient, memory."""
 
+import itertools
 import math
 import weakref
 
@@ -145,8 +146,10 @@ def test_one_scale_for_each_image():
 # --- P4.8 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "karras"])
-@pytest.mark.parametrize("num_inference_steps", [1, 7, 250])
+@pytest.mark.parametrize(
+    "num_inference_steps, spacing",
+    [*itertools.product([7, 250], ["linspace", "leading", "karras"]), (1, "linspace"), (1, "karras")],
+)
 def test_p4_8_the_classifier_is_told_the_original_timestep(num_inference_steps, spacing):
     network, timesteps = Tiny(), spaced_timesteps(SCHEDULE, num_inference_steps, spacing)
     run(guidance(network), seeded((2, 1, 4, 4)), timesteps)
