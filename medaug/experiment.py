@@ -32,6 +32,7 @@ from medaug.stages import gate_synthetic, grade_arms, take_in
 from medaug.workflow import load_config, run_stage, run_training
 
 FACTS = ("generated", "accepted", "label_agreement")
+SEEDS_APART = 1000  # of generators for the graders' seeds 0, 1, ..., so that another --seed shares none with this one
 COUNTS = ("generated", "accepted", "labelled", "agreeing")  # of one set of images
 
 
@@ -117,7 +118,10 @@ def _refuse_another(out: Path, experiment: Experiment) -> None:
     page = not isinstance(known, dict) or "rows_sha256" in known
     if page or known.get("name") != experiment.name:
         what = "a page of medaug report" if page else f"the experiment {known.get('name')}"
-        raise StorageError("folder-not-empty", f"{out.name} holds {what}, not {experiment.name}; choose another --out.")
+        raise StorageError(
+            "folder-not-empty",
+            f"{out.name} holds {what}, not {experiment.name}; choose another --out, or give the file its old name by the key `name`.",
+        )
 
 
 def _head(experiment: Experiment, file: str, profile: str | None, seed: int, *, with_intake: bool) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def _head(experiment: Experiment, file: str, profile: str | None, seed: int, *, 
         "grading": dict(experiment.grading),
         "settings": [asdict(row) for row in experiment.rows],
         "cells": list(experiment.cells),
-    }
+    } | ({"generator_per_seed": True} if experiment.generator_per_seed else {})
 
 
 def _intake(experiment: Experiment) -> Mapping[str, Any]:
@@ -182,7 +186,7 @@ def _make_rows(
         for own, place in experiment.places(out).items():
             stage = f"images of {row.name}" + (f", seed {own}" if experiment.generator_per_seed else "")
             with sessions.stage(stage, needed=not (row.accepted_folder(place) / "gate.json").is_file()):
-                found[own] = _make(experiment, row, cohort, place, seed + own, tracking)
+                found[own] = _make(experiment, row, cohort, place, seed + own * SEEDS_APART, tracking)
         facts[row.name] = _together(found)
     return facts
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from medaug.cohort import read_cohort
 from medaug.errors import ConfigError, DataError
 from medaug.experiment_file import Experiment, ExperimentRow
 from medaug.grading.arm_terms import is_mixed
-from medaug.grading.image_sets import SEED
+from medaug.grading.arms import images_of
+from medaug.grading.classic_copies import COPIES
+from medaug.grading.image_sets import at_place, own_seeds
 from medaug.grading.mixing import ALLOCATIONS, check_fraction
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.variants import amounts
 from medaug.kinds import WHOLE
 from medaug.networks.grading import NETWORKS, check_network
+from medaug.quality.checks import LABEL_SOURCES
 from medaug.stages import change
 from medaug.training.amst_recipe import amst_recipe
 from medaug.workflow import check_overrides
@@ -41,7 +44,7 @@ def check_experiment(experiment: Experiment) -> None:
         raise ConfigError(
             "config-value", f"seeds of the grading settings are how many, at least 1, or which; got {grading['seeds']}."
         )
-    for name in networks if networks != ["all"] else NETWORKS:
+    for name in NETWORKS if names == "all" else networks:
         check_network(name)
         grading_recipe(grading["profile"], name, grading.get("overrides"))
     if (allocation := grading.get("allocation", ALLOCATIONS[0])) not in ALLOCATIONS:
@@ -51,7 +54,8 @@ def check_experiment(experiment: Experiment) -> None:
     if any(ratio <= 0 for ratio in amounts(grading.get("synthetic_per_real"), "synthetic_per_real")):
         raise ConfigError("ratio-invalid", f"synthetic_per_real must be above 0, got {grading['synthetic_per_real']!r}.")
     for arm in experiment.arms:
-        _check_folder(arm)
+        for seed in own_seeds([arm], seeds):
+            _check_folder(at_place(arm, seed), {row.name for row in experiment.rows})
 
 
 def _check_row(row: ExperimentRow, profile: str | None) -> None:
@@ -70,12 +74,18 @@ def _check_row(row: ExperimentRow, profile: str | None) -> None:
             check_network(network)
     change(grading_recipe("cpu32", "simple_cnn"), row.gate.get("filter_recipe") or {})
     amst_recipe("amst", row.gate.get("amst"))
+    if (label := row.gate.get("label")) is not None and label not in LABEL_SOURCES:
+        raise ConfigError("label-source-unknown", f"Labels must come from one of {', '.join(LABEL_SOURCES)}, got {label!r}.")
+    if not 0 <= (row.gate.get("threshold") or 0) <= 1:
+        raise ConfigError(
+            "config-value", f"threshold of the gate of row {row.name} must lie in [0, 1], got {row.gate['threshold']}."
+        )
 
 
-def _check_folder(arm: str) -> None:
-    """An arm of images that are there already: their folder must be a cohort."""
-    folder = arm.partition("=")[2].partition(":")[0]
-    if folder and not is_mixed(folder) and SEED not in folder:
+def _check_folder(arm: str, named: Collection[str]) -> None:
+    """An arm of images that are there already: their folder must be a cohort. Names of rows and copies are none."""
+    folder = images_of(arm)
+    if folder and not is_mixed(folder) and folder not in (*named, *COPIES):
         try:
             read_cohort(Path(folder))
         except DataError as error:

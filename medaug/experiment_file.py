@@ -27,7 +27,8 @@ EXTENDS = "extends"
 KEYS = (EXTENDS, "name", "title", "profile", "intake", "arms", "grading", "generator_per_seed", "shared", "rows", "cells")
 MAPPINGS = ("training", "generating", "gate", "feedback")  # a row's own values are laid over the shared ones key by key
 ROW_KEYS = ("name", "bundle", "overlay", *MAPPINGS, "trainer")
-ROW_KINDS = {**dict.fromkeys(("bundle", "overlay", "trainer"), TEXT), **dict.fromkeys(MAPPINGS, MAPPING)}
+_WORD: Kind = ("a text", lambda value: isinstance(value, str))  # which may be empty, for none
+ROW_KINDS = {"bundle": TEXT, **dict.fromkeys(("overlay", "trainer"), _WORD), **dict.fromkeys(MAPPINGS, MAPPING)}
 GATE_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("network", "label"), TEXT),
     **dict.fromkeys(("filter_recipe", "amst"), MAPPING),
@@ -42,9 +43,9 @@ GRADING_KINDS: dict[str, Kind] = {
     **{"networks": one_or_several(TEXT), "seeds": one_or_several(WHOLE)},
 }
 KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("name", "title", "profile"), TEXT),
+    **dict.fromkeys(("name", "profile"), TEXT),
     **dict.fromkeys(("arms", "cells"), TEXTS),
-    **{"shared": MAPPING, "generator_per_seed": SWITCH},
+    **{"title": _WORD, "shared": MAPPING, "generator_per_seed": SWITCH},
 }
 
 
@@ -236,6 +237,9 @@ def _row(shared: Mapping[str, Any], row: Any) -> ExperimentRow:
         given = [part[key] for part in (shared, row) if part.get(key) is not None]
         if given:
             merged[key] = {name: value for part in given for name, value in part.items()}
+    for key in ("gate", "feedback"):  # of these null is no value but stands for a key that is left out
+        if key in merged:
+            merged[key] = {name: value for name, value in merged[key].items() if value is not None}
     missing = [key for key in ("name", "bundle") if not merged.get(key)]
     if missing:
         raise ConfigError("experiment-rows", f"A row of an experiment needs {' and '.join(missing)}.")

@@ -213,7 +213,7 @@ def check_overrides(
     """
     config = load_config(bundle, stage, profile, overlay)
     for key, value in overrides.items():
-        if key.split("#")[0] not in config:
+        if key.replace("::", "#").split("#")[0] not in config:
             raise _unknown(f"Configuration key {key!r}", key, set(config))
         if key in config:
             _check_kind(key, config[key], value)

@@ -53,6 +53,9 @@ def test_a_row_has_a_name_that_is_a_folder_and_an_arm(tmp_path: Path, name: obje
         ({"gate": {"checks": "copies"}}, "config-value"),
         ({"gate": {"calibrate": "no"}}, "config-value"),
         ({"gate": {"threshold": "x"}}, "config-value"),
+        ({"gate": {"threshold": 2}}, "config-value"),
+        ({"gate": {"label": "oracle"}}, "label-source-unknown"),
+        ({"feedback": {"rounds": 1, "network": "resnet"}}, "network-unknown"),
         ({"gate": {"network": 3}}, "config-value"),
         ({"gate": {"network": "resnet"}}, "network-unknown"),
         ({"gate": {"filter_recipe": {"num_steps": "x"}}}, "recipe-invalid"),
@@ -73,6 +76,8 @@ def test_a_row_that_a_stage_would_refuse(tmp_path: Path, row: dict[str, object],
         ({"arms": [3]}, "config-value"),
         ({"arms": {"none": 1}}, "config-value"),
         ({"arms": ["x=nowhere"]}, "cohort-missing"),
+        ({"arms": ["x=nowhere/{seed}:amst"]}, "cohort-missing"),
+        ({"grading": {"networks": ["all"]}}, "network-unknown"),
         ({"cells": 3}, "config-value"),
         ({"profile": 3}, "config-value"),
         ({"profile": "nope"}, "profile-unknown"),
@@ -110,6 +115,13 @@ def test_lists_of_networks_and_seeds_are_taken(tmp_path: Path) -> None:
         {"networks": "all", "seeds": 5},
     ):
         check_experiment(read_experiment(write(tmp_path, rows=[ROW], grading=grading)))
+
+
+def test_empty_and_null_stand_for_none(tmp_path: Path) -> None:
+    row = {**ROW, "overlay": "", "trainer": "", "gate": {"network": None, "label": None, "threshold": 0.5}}
+    read = read_experiment(write(tmp_path, rows=[row], title="", arms=["turned=rot", "again=a"]))
+    check_experiment(read)
+    assert read.rows[0].gate == {"threshold": 0.5}
 
 
 def test_nothing_of_another_experiment_or_page_is_written_over(tmp_path: Path) -> None:

@@ -197,13 +197,15 @@ def _leading_timesteps(schedule: NoiseSchedule, num: int) -> Tensor:
         ConfigError: the first timestep, from which noise is sampled, still shows the image (`num-inference-steps`).
     """
     total = schedule.num_train_timesteps
-    timesteps = torch.arange(num - 1, -1, -1) * (total // num)
-    left, least = (float(schedule.alphas_cumprod[place]) for place in (timesteps[0], total - 1))
-    if left > max(SIGNAL_LEFT, 2 * least):
+    stride = total // num
+    timesteps = torch.arange(num - 1, -1, -1) * stride
+    first = int(timesteps[0])
+    left = float(schedule.alphas_cumprod[first])
+    if total - 1 - first > stride and left > SIGNAL_LEFT:
         raise ConfigError(
             "num-inference-steps",
-            f"With spacing leading, {num} of {total} steps begin at timestep {int(timesteps[0])}, where {left:.1%} of the variance is still the "
-            f"image's, not noise; take spacing linspace, or a number of steps that goes several times into {total}.",
+            f"With spacing leading, {num} of {total} steps begin at timestep {first}, where {left:.1%} of the variance is still the image's, not "
+            f"noise; take a number that divides {total}, or spacing linspace.",
         )
     return timesteps
 

@@ -55,8 +55,10 @@ def graded_as(records: Records) -> str | None:
         return None
     sha = records.described.content_sha256
     used = _distinct(row["arm"] for row in records.rows if sha in _sources(row["key"]["arm"]))
+    partly = [arm for arm in used if not all(sha in _sources(row["key"]["arm"]) for row in _runs(records, arm))]
+    beside = f" Of {listed(partly)} they are one of several sets: other seeds trained on other images." if partly else ""
     return (
-        f"The described images were graded as: {listed(used)}."
+        f"The described images were graded as: {listed(used)}.{beside}"
         if used
         else "No arm of the benchmark trained on the described images."
     )
@@ -158,12 +160,11 @@ def statistics(records: Records) -> str | None:
 
 def _generator(entries: Sequence[Mapping[str, Any]]) -> str:
     """Whether the intervals cover another run of the generator: they do where every seed has images of its own."""
-    own = sum("image_sets" in entry for entry in entries)
-    covered = "Arms whose seeds trained on images of their own have intervals that cover the luck of making them"
+    if not any("image_sets" in entry for entry in entries):
+        return "No interval covers another run of the generator."
     return (
-        f"{covered}; the others cover no other run of the generator."
-        if own
-        else "No interval covers another run of the generator."
+        "Arms whose seeds trained on images of generators of their own have intervals that cover the luck of these; those of the others "
+        "cover no other run of the generator."
     )
 
 

@@ -142,6 +142,11 @@ class Arm:
         given = [source.cohort for source in self.added() if not source.of_kept]
         return tuple(cohort.content_sha256 for cohort in (*given, self.unlabelled) if cohort is not None)
 
+    def all_added(self) -> list[Source]:
+        """The synthetic sources of all sets, each once."""
+        found = [source for one in self.sets() for source in one.added()]
+        return list({source.cohort.content_sha256: source for source in found}.values())
+
     def added(self) -> tuple[Source, ...]:
         """The synthetic sources, be it one or several; of an arm with images for every seed those of the first."""
         if self.synthetic is None:

@@ -45,6 +45,7 @@ __all__ = [
     "check_arm",
     "check_arm_name",
     "extra_counts",
+    "images_of",
     "in_proportion",
     "kept_cases",
     "level",
@@ -109,6 +110,13 @@ def parse_arm(
                 "arm-name", f"Arm {name} trains by AMST on nothing; write NAME=FOLDER:amst or NAME=:amst:UNLABELLED."
             )
     return Arm(name, synthetic=read_cohort(Path(folder), verify=True) if folder else None, **options)
+
+
+def images_of(text: str) -> str:
+    """The folder or terms of images in the text of an arm, without its way of training; empty for a built-in arm."""
+    rest = text.partition("=")[2]
+    trained = _TRAINED.fullmatch(rest)
+    return rest if trained is None else trained["folder"]
 
 
 def check_arm_name(name: object) -> None:

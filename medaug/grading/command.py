@@ -9,6 +9,7 @@ from typing import Any
 
 from medaug.grading.arm_terms import NO_REAL, is_mixed, split_term
 from medaug.grading.classic_copies import COPIES
+from medaug.grading.image_sets import SEED
 from medaug.grading.mixing import REAL
 
 _QUOTED = re.compile(r"[^A-Za-z0-9_.,=+@/-]")  # what a shell may read as something else
@@ -76,8 +77,12 @@ def _place(text: str, name: str, known: set[str]) -> str:
     if text in known:
         return text
     folder, *trainer = text.split(":", 2)
-    shown = [f"${_variable(name)}" if folder else "", *trainer[:1]]
-    return ":".join([*shown, *(f"${_variable(name)}_UNLABELLED" for _ in trainer[1:])])
+    shown = [f"${_variable(name)}{_seed_of(folder)}" if folder else "", *trainer[:1]]
+    return ":".join([*shown, *(f"${_variable(name)}_UNLABELLED{_seed_of(folder)}" for folder in trainer[1:])])
+
+
+def _seed_of(folder: str) -> str:
+    return f"/{SEED}" if SEED in folder else ""
 
 
 def _variable(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from medaug import sessions
 from medaug.cohort import Cohort
 from medaug.grading.arm import Arm
 from medaug.grading.arms import kept_cases
+from medaug.grading.image_sets import set_notes
 from medaug.grading.mixing import class_counts
 from medaug.grading.rows import Row
 from medaug.training.teacher import check_origin
@@ -36,7 +36,7 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     """Of the arms: images nobody can vouch for, and comparisons that are not like with like."""
     notes = []
     for name, arm in {arm.base: arm for arm in arms}.items():
-        sources = [source for one in arm.sets() for source in one.added()]
+        sources = arm.all_added()
         given = [case for source in sources for case in source.cohort.training]
         unknown = [case for case in given if not (case.lineage or {}).get("fit_on")]
         if unknown:
@@ -54,11 +54,7 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
             notes.append(f"The labels of arm {name} come from a network that began from weights of unknown origin.")
         if any((case.lineage or {}).get("generator_trusted") for case in given):
             notes.append(f"The images of arm {name} come from a generator that began from weights of unknown origin.")
-        if (shared := _sharing_weights(arm)) > 1:
-            notes.append(
-                f"{shared} seeds of arm {name} have images of one generator: the interval covers the luck of drawing them, not that of training "
-                "it."
-            )
+        notes += set_notes(arm)
     better_taught = {arm.base for arm in arms if _saw_more(arm, cohort)}
     for name in dict.fromkeys(arm.base for arm in arms if arm.base in better_taught):
         notes.append(
@@ -68,22 +64,14 @@ def arm_notes(cohort: Cohort, arms: Sequence[Arm]) -> list[str]:
     return notes
 
 
-def _sharing_weights(arm: Arm) -> int:
-    """The largest number of seeds with images of their own whose maker had the same weights; 0 if no seed has its own."""
-    makers = [
-        {(case.lineage or {}).get("weights_sha256") for source in one.added() for case in source.cohort.training}
-        for one in arm.by_seed.values()
-    ]
-    return max(Counter(weights for of_seed in makers for weights in of_seed - {None}).values(), default=0)
-
-
 def _saw_more(arm: Arm, cohort: Cohort) -> bool:
     """True if generator, guide or filter of an arm learned from groups that its part of the real images does not hold."""
     if arm.real_fraction in (None, 1):
         return False
     kept = {case.group for case in kept_cases(arm, cohort, 0)}
-    sources = [source for one in arm.sets() for source in one.added()]
-    makers = [source.cohort.fit_on for source in sources if not source.of_kept]  # copies of kept images have no other maker
+    makers = [
+        source.cohort.fit_on for source in arm.all_added() if not source.of_kept
+    ]  # copies of kept images have no other maker
     return any(set(groups) - kept for fit_on in makers for groups in fit_on.values())
 
 

@@ -187,7 +187,7 @@ def acceptance_of(arms: Sequence[Arm], real: Cohort) -> dict[str, dict[str, list
     """Per arm and source what the gate let through, from ``gate.json`` beside the images; without one there is nothing to say."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for arm in {arm.base: arm for arm in arms}.values():
-        for source in (source for one in arm.sets() for source in one.added()):
+        for source in arm.all_added():
             path = None if source.cohort.root is None else source.cohort.root / "gate.json"
             gate = storage.read_json(path) if path is not None and path.is_file() else None
             if isinstance(gate, dict) and gate.get("cohort_sha256") == real.content_sha256:

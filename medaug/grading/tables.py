@@ -59,7 +59,7 @@ def _line(arm: str, network: str, runs: Sequence[Row], entry: Mapping[str, Any] 
     seeds = sorted({run["seed"] for run in runs})
     passes = {run.get("image_passes") for run in runs}  # rows of earlier versions do not count them
     line: dict[str, Any] = {"arm": arm, "network": network, "seeds": len(seeds)}
-    line |= {"num_training": runs[0]["num_training"], "ratio": runs[0]["ratio"]}
+    line |= {"num_training": round(_mean(runs, "num_training")), "ratio": _mean(runs, "ratio")}
     line["image_passes"] = passes.pop() if len(passes) == 1 else None
     for metric in METRICS:
         line |= _mean_and_spread(metric, [_of_seed(runs, seed, "test", metric) for seed in seeds])
@@ -73,6 +73,12 @@ def _line(arm: str, network: str, runs: Sequence[Row], entry: Mapping[str, Any] 
         line |= {name: (found or {}).get("difference")}
         line |= {f"{name}_{part}": (found or {}).get(part) for part in ("low", "high", "p_value")}
     return line | _wins(network, entry)
+
+
+def _mean(runs: Sequence[Row], name: str) -> Any:
+    """The mean of a number that only images of their own let differ between seeds; None if it is undefined."""
+    values = {run[name] for run in runs}
+    return values.pop() if len(values) == 1 else float(np.mean([run[name] for run in runs]))
 
 
 def _wins(network: str, entry: Mapping[str, Any] | None) -> dict[str, int | None]:

@@ -20,6 +20,7 @@ from medaug.results.study import Study, page_files
 from medaug.results.unfinished import finished_part
 
 README_NAME, NOTES_NAME = "README.md", "NOTES.md"
+_OF_THE_DESKTOP = ("Thumbs.db", "desktop.ini")
 _MARK = "\n<!-- Written by `medaug report`; write to NOTES.md, not here. sha256 {} -->\n"
 _MARKED = re.compile(_MARK.format("([0-9a-f]{64})"))
 
@@ -67,7 +68,9 @@ def write_page(folder: Path, out: Path, *, unfinished: bool = False, samples: bo
         plots = pictures(record, rows, verdict, points)
         text = _marked(_readme(study, Outcome(record, rows, verdict), list(plots), notes))
         files = {**page_files(study), README_NAME: text} | ({NOTES_NAME: notes} if notes else {})
-        for name, content in files.items():
+        for name, content in sorted(
+            files.items(), key=lambda file: file[0] != "experiment.json"
+        ):  # it tells a page from a stranger's
             storage.write_text(out / name, content)
         figures = write_report(out, record, rows, verdict, points=points, plots=plots)
         if sheet is not None:
@@ -114,7 +117,8 @@ def _refuse_occupied(out: Path) -> None:
     """
     path = out / README_NAME
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    others = [path for path in out.iterdir() if path.name not in (NOTES_NAME, README_NAME) and not path.name.startswith(".")]
+    known = (NOTES_NAME, README_NAME, *_OF_THE_DESKTOP)
+    others = [path for path in out.iterdir() if path.name not in known and not path.name.startswith(".")]
     if (text is not None and not _MARKED.search(text)) or (others and not is_page(out)):
         raise StorageError(
             "page-occupied", f"{out.name} holds files that `medaug report` did not write; choose another --out for the page."

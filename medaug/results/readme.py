@@ -68,6 +68,7 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         counts=_counts(record),
         leak=_leak(record),
         acceptance=_acceptance(record),
+        image_sets=listed(record.image_sets),
         made=[line for line in facts.get("made") or () if line["generated"]],
         networks=_by_network(outcome),
         recipe=_recipe(outcome),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from medaug import storage
 from medaug.cohort import FILE_NAME, Case, Cohort, read_cohort
 from medaug.errors import DataError
 from medaug.grading.figures import literal, new_figure, png
@@ -38,7 +39,7 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
             )
         return (folder / SAMPLES_NAME).read_bytes()
     # The main job has one set, an experiment one for each row, under feedback/ for a row that was made in rounds.
-    root = next(iter(sorted(folder.glob(f"{GENERATORS}/*/"))), folder)  # of several generators one
+    root = _first_generator(folder)
     which = "" if root is folder else f", seed {root.name}"
     places = {place: place.name + which for place in sorted((root / ACCEPTED).glob("*/"))}
     places |= {place: place.parent.name + which for place in sorted(root.glob(f"feedback/*/{ACCEPTED}/"))}
@@ -75,6 +76,15 @@ def samples_png(folder: Path, classes: Sequence[str]) -> bytes:
         axis.set_title(title, fontsize=9, loc="left")
         axis.spines[:].set_visible(False)
     return png(figure)
+
+
+def _first_generator(folder: Path) -> Path:
+    """Where the images of the first seed are if each has its own; else the folder itself."""
+    path = folder / "experiment.json"
+    experiment = storage.read_json(path) if path.is_file() else None
+    places = sorted(folder.glob(f"{GENERATORS}/*/"), key=lambda place: (len(place.name), place.name))
+    own = isinstance(experiment, dict) and experiment.get("generator_per_seed")
+    return places[0] if own and places else folder
 
 
 def _looked_at(case: Case) -> bool:

@@ -90,7 +90,7 @@ def test_timesteps_descend_strictly_and_are_as_many_as_asked(total, fraction, sp
     try:
         timesteps = spaced_timesteps(schedule, num, spacing)
     except ConfigError as error:
-        assert spacing == "leading" and error.code == "num-inference-steps" and max(total, 2) % num != 0 or num == 1
+        assert spacing == "leading" and error.code == "num-inference-steps" and max(total, 2) % num != 0
         return
     assert len(timesteps) == num and all(isinstance(t, int) for t in timesteps)
     check_timesteps(schedule, timesteps)
@@ -101,7 +101,7 @@ def test_leading_is_refused_where_it_begins_in_the_picture():
     for num, left in ((501, "7.8%"), (600, "2.6%"), (334, "1.1%")):
         with pytest.raises(ConfigError, match=f"where {left} of the variance"):
             spaced_timesteps(schedule, num, "leading")
-    assert [spaced_timesteps(schedule, num, "leading")[0] for num in (250, 300, 500, 1000)] == [996, 897, 998, 999]
+    assert [spaced_timesteps(schedule, num, "leading")[0] for num in (1, 2, 250, 300, 500, 1000)] == [0, 500, 996, 897, 998, 999]
 
 
 def test_linspace_holds_both_ends_and_every_step_at_full_length():

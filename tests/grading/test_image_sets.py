@@ -11,6 +11,7 @@ from medaug.cohort import write_cohort
 from medaug.errors import DataError, LeakageError
 from medaug.grading import arms
 from medaug.grading.benchmark import plan_cells
+from medaug.grading.command import grade_command
 from medaug.grading.grade import grade
 from medaug.grading.image_sets import at_place, image_sets, join_sets, own_seeds
 from medaug.grading.notes import arm_notes
@@ -131,7 +132,7 @@ def test_seeds_that_share_a_generator_are_said_to(world):
     cohorts = {seed: one.synthetic for seed, one in arm.by_seed.items()}
     drawn_again = cohorts[1].with_cases(training=[_made_with(case, "even0") for case in cohorts[1].training])
     shared = replace(arm, by_seed={**arm.by_seed, 1: replace(arm.by_seed[1], synthetic=drawn_again)})
-    assert any(note.startswith("2 seeds of arm even have images of one generator") for note in arm_notes(real, [shared]))
+    assert any(note.startswith("Seeds of arm even have images of one generator") for note in arm_notes(real, [shared]))
 
 
 def test_acceptance_is_of_all_sets_together(world):
@@ -169,3 +170,31 @@ def test_sources_of_mixed_arms_have_sets_too(world):
         sources=[f"syn={root}/{{seed}}/even"], overrides=quick, num_resamples=20, workers=1,
     )  # fmt: skip
     assert result["verdict"]["mixed"]["image_sets"] == 3
+
+
+def test_no_claim_where_seeds_share_images_or_makers_are_unknown(world, make_synthetic):
+    real, root = world
+    unknown = {seed: make_synthetic(real, root / f"u{seed}", [3, 3, 3], name=f"u{seed}") for seed in (0, 1)}
+    shared = arms.parse_arm(f"mix={root}/0/even + {root}/0/other")
+    mixed = replace(shared, by_seed={0: shared, 1: arms.parse_arm(f"mix={root}/1/even + {root}/0/other")})
+    made = read(root, "even")[0]
+    imported = replace(made, by_seed={seed: replace(made, synthetic=cohort, by_seed={}) for seed, cohort in unknown.items()})
+    assert [len(arms.build_training_set(arm, real, 1)) for arm in arms.prepare_arms([mixed], real)]  # it is graded all the same
+    for arm, reason in ((mixed, "share some of their images"), (imported, "Nothing shows that the images for the seeds")):
+        assert image_sets([arm]) == {} and any(reason in note for note in arm_notes(real, [arm]))
+    assert image_sets([made]) == {"even": 3}
+    assert len(acceptance_of([mixed], real).get("mix", {})) == 0 and len(mixed.all_added()) == 3
+
+
+def test_folders_that_are_all_alike_are_refused(world):
+    _, root = world
+    with pytest.raises(DataError, match="sets-alike"):
+        join_sets(lambda seed: [arms.parse_arm("none"), arms.parse_arm(f"even={root}/0/even")], SEEDS)
+
+
+def test_the_shown_command_keeps_the_placeholder(world):
+    _, root = world
+    arms_of = ["none", f"even={root}/{{seed}}/even", f"taught={root}/{{seed}}/even:amst:{root}/{{seed}}/more"]
+    text = grade_command(arms_of, sources=[f"syn={root}/{{seed}}/even"], networks=["simple_cnn"], seeds=3, profile="tiny")
+    assert "even=$EVEN/{seed}" in text and "syn=$SYN/{seed}" in text and "$TAUGHT/{seed}:amst:$TAUGHT_UNLABELLED/{seed}" in text
+    assert str(root) not in text
