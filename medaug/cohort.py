@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from medaug import __version__, storage
-from medaug.errors import DataError, LeakageError
+from medaug.errors import DataError, LeakageError, well_formed
 
 SPLITS = ("training", "validation", "test")
 FORMAT = 1
@@ -395,7 +395,7 @@ def _case_from_json(row: Mapping[str, Any]) -> Case:
 
 
 def _from_json(data: Any, root: Path) -> Cohort:
-    try:
+    with well_formed("cohort-malformed", f"{FILE_NAME} of {root.name}", "make the cohort again"):
         if data["format"] != FORMAT:
             raise DataError(
                 "cohort-format",
@@ -419,8 +419,3 @@ def _from_json(data: Any, root: Path) -> Cohort:
             root=root,
             **splits,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            "cohort-malformed",
-            f"{FILE_NAME} of {root.name} lacks or mistypes a field ({type(error).__name__}: {str(error)[:80]}).",
-        ) from error

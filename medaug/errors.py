@@ -6,6 +6,9 @@ identifier, birth date, accession number or a path that could hold one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MedaugError(Exception):
     """Base of every expected failure.
@@ -52,3 +55,25 @@ class StorageError(MedaugError):
 
 class MissingDependencyError(ConfigError):
     """An optional package is not installed; the message names the extra."""
+
+
+@contextmanager
+def well_formed(code: str, what: str, way_out: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn what happens when a record that was read lacks a field, or has one of another type, into one refusal.
+
+    Args:
+        code: of the refusal.
+        what: the thing, without any patient's data: "A file of the page".
+        way_out: what to do about it.
+        also: further errors that mean the same.
+
+    Raises:
+        DataError: with the name of a missing field, or the kind of the error alone, since its text may hold what was read.
+    """
+    others: tuple[type[Exception], ...] = (AttributeError, IndexError, TypeError, ValueError, *also)
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(code, f"{what} lacks the field {error}; {way_out}.") from error
+    except others as error:
+        raise DataError(code, f"{what} lacks or mistypes a field ({type(error).__name__}); {way_out}.") from error

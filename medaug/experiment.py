@@ -33,7 +33,7 @@ from medaug.workflow import load_config, run_stage, run_training
 
 FACTS = ("generated", "accepted", "label_agreement")
 SEEDS_APART = 1000  # of generators for the graders' seeds 0, 1, ..., so that another --seed shares none with this one
-COUNTS = ("generated", "accepted", "labelled", "agreeing")  # of one set of images
+COUNTS = ("generated", "accepted", "labelled", "agreeing", "unkept")  # of one set of images
 
 
 def run_experiment(
@@ -192,20 +192,23 @@ def _make_rows(
 
 
 def _together(found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The images of all seeds: generated, accepted, the share whose label a filter agrees with, and the seeds without any."""
+    """The images of all seeds: generated, accepted, the share whose label a filter agrees with, the seeds without any, and how many were
+    accepted in rounds of feedback that did not help."""
     total = {key: sum(made[key] for made in found.values()) for key in COUNTS}
     return {
         "generated": total["generated"],
         "accepted": total["accepted"],
         "label_agreement": total["agreeing"] / total["labelled"] if total["labelled"] else None,
         "seeds_without": [seed for seed, made in found.items() if not made["accepted"]],
+        "unkept": total["unkept"],
     }
 
 
 def _make(
     experiment: Experiment, row: ExperimentRow, cohort: Path, out: Path, seed: int, tracking: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Train, generate and gate one row. Returns `COUNTS`: of the accepted images, how many a filter has labelled and agrees with."""
+    """Train, generate and gate one row. Returns `COUNTS`: of the accepted images, how many a filter has labelled and agrees with; and
+    the accepted ones of rounds that were not kept."""
     run, synthetic = out / "runs" / row.run_name(), out / "synthetic" / row.name
     common = {"dataset_dir": str(cohort), "seed": seed, "tracking": dict(tracking)}
     run_training(row.bundle, experiment.profile, {**row.training, **common, "output_dir": str(run)})
@@ -227,7 +230,7 @@ def _make(
     accepted = gated.accepted.training
     lineages = [case.lineage or {} for case in accepted]
     agree = [entry["pseudo_label"] == entry["intended_label"] for entry in lineages if entry.get("pseudo_label") is not None]
-    return dict(zip(COUNTS, (len(made.training), len(accepted), len(agree), sum(agree)), strict=True))
+    return dict(zip(COUNTS, (len(made.training), len(accepted), len(agree), sum(agree), 0), strict=True))
 
 
 def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, int]:
@@ -246,7 +249,8 @@ def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, ru
         overrides=row.generating,
         seed=seed + int(row.generating.get("seed", 0)),
     )
-    return dict(zip(COUNTS, (result["saving"]["generated"], result["accepted"] or 0, 0, 0), strict=True))
+    unkept = sum(entry["accepted"] for entry in result["rounds"] if not entry["kept"])
+    return dict(zip(COUNTS, (result["saving"]["generated"], result["accepted"] or 0, 0, 0, unkept), strict=True))
 
 
 def table_lines(
@@ -274,9 +278,10 @@ def table_lines(
     return lines + [{**empty, "arm": name, **fact} for name, fact in facts.items() if fact["seeds_without"]]
 
 
-def _at_seeds(line: Mapping[str, Any]) -> str:
-    """At which seeds a row has no image, if it has some at others."""
-    return f" for seed {', '.join(map(str, line['seeds_without']))}" if line["accepted"] else ""
+def _why_ungraded(line: Mapping[str, Any]) -> str:
+    """Why a row has no score: it has no images, or none at some seeds."""
+    what = "no round of feedback helped" if line.get("unkept") else "no image was accepted"
+    return f"not graded: {what}" + (f" for seed {', '.join(map(str, line['seeds_without']))}" if line["accepted"] else "")
 
 
 def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
@@ -292,7 +297,7 @@ def markdown(title: str, table: Sequence[Mapping[str, Any]]) -> str:
         interval = "" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}"
         score = "" if line["score"] is None else f"{line['score']:.3f} ± {line['spread']:.3f}"
         cells = [line["arm"], *(number(line[key]) for key in FACTS), score]
-        nothing = "not graded: no image was accepted" + _at_seeds(line) if line["score"] is None else ""
+        nothing = _why_ungraded(line) if line["score"] is None else ""
         cells += [number(line["difference"], "+.3f"), interval, line["verdict"] or nothing]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(

@@ -127,7 +127,7 @@ def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
 
     def feedback(*arguments: Any, **options: Any) -> dict[str, Any]:
         seen.update(options, arguments=arguments)
-        return {"saving": {"generated": 21}, "accepted": None}
+        return {"saving": {"generated": 21}, "accepted": None, "rounds": [{"accepted": 12, "kept": False}]}
 
     monkeypatch.setattr(experiment, "run_feedback", feedback)
     row = {
@@ -138,7 +138,7 @@ def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
     }
     read = experiment.read_experiment(write(tmp_path, rows=[row], profile="tiny"))
     facts = experiment._make_in_rounds(read, read.rows[0], tmp_path / "cohort", tmp_path / "run", tmp_path / "out", seed=10)
-    assert facts == {"generated": 21, "accepted": 0, "labelled": 0, "agreeing": 0}
+    assert facts == {"generated": 21, "accepted": 0, "labelled": 0, "agreeing": 0, "unkept": 12}
     folder, options = seen["arguments"][3:]
     assert folder == tmp_path / "out" / "feedback" / "rounds" and options.budget == round(1.5 * len(cohort.training))
     assert (options.checks, seen["seed"], seen["profile"]) == (("usable", "copies"), 14, "tiny")
@@ -160,11 +160,17 @@ def test_the_table_takes_its_figures_from_the_rows() -> None:
     without = {
         "b": {"generated": 9, "accepted": 0, "seeds_without": [0]},
         "c": {"generated": 9, "accepted": 3, "seeds_without": [1, 2]},
+        "d": {"generated": 9, "accepted": 0, "seeds_without": [0], "unkept": 8},
     }
     lines = experiment.table_lines(rows, verdict, {"a": of_a, **without})
-    assert [(line["arm"], line["accepted"], line["score"]) for line in lines[-2:]] == [("b", 0, None), ("c", 3, None)]
+    assert [(line["arm"], line["accepted"], line["score"]) for line in lines[-3:]] == [
+        ("b", 0, None),
+        ("c", 3, None),
+        ("d", 0, None),
+    ]
     assert "| b | 9 | 0 |  |  |  |  | not graded: no image was accepted |" in experiment.markdown("Title", lines)
     assert "| c | 9 | 3 |  |  |  |  | not graded: no image was accepted for seed 1, 2 |" in experiment.markdown("Title", lines)
+    assert "| d | 9 | 0 |  |  |  |  | not graded: no round of feedback helped |" in experiment.markdown("Title", lines)
     ratios = [{**row, "arm": f"a@{ratio}"} for ratio in (1, 2) for row in rows if row["arm"] == "a"]
     assert [line["accepted"] for line in experiment.table_lines(ratios, {}, {"a": of_a})] == [6, 6]
     text = experiment.markdown("Title", [none, a])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medaug import storage
-from medaug.errors import DataError, StorageError
+from medaug.errors import StorageError, well_formed
 from medaug.evidence.cards import dataset_card, model_card
 from medaug.evidence.checklist_items import Answer
 from medaug.evidence.checklists import answers_of, counts_of, html_page, markdown_page
@@ -37,14 +37,10 @@ def write_evidence(
         DataError, LeakageError: see `read_records`; `record-malformed` for a record that lacks a field.
         StorageError: `evidence-edited` if `out` holds other papers, which may have been filled in by hand.
     """
-    try:
+    with well_formed("record-malformed", "A record", "make it again with this medaug", ZeroDivisionError, csv.Error):
         records = read_records(folder, cohort, run, benchmark)
         answers = answers_of(records)
         papers = _papers(records, answers)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError, csv.Error) as error:
-        raise DataError(
-            "record-malformed", f"A record lacks or mistypes a field ({type(error).__name__}); make it again with this medaug."
-        ) from error
     out = Path(out)
     with storage.locked(out):
         edited = [name for name in FILES if (out / name).exists() and not _same(out / name, papers.get(name))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from medaug import storage
 from medaug.cohort import Cohort
-from medaug.errors import DataError
+from medaug.errors import DataError, well_formed
 from medaug.grading.arm import Arm, Variant
 from medaug.grading.benchmark import ROWS_FOLDER, Cell
 from medaug.grading.graded_data import GradedData
@@ -111,7 +111,7 @@ def record_from_json(content: Any) -> GradingRecord:
     Raises:
         DataError: `record-format` for another version, `record-malformed` where a field is missing or contradicts another.
     """
-    try:
+    with well_formed("record-malformed", "The record of a grading", "grade again with this medaug, finished rows are kept"):
         if content["format"] != RECORD_FORMAT:
             raise DataError(
                 "record-format",
@@ -140,12 +140,6 @@ def record_from_json(content: Any) -> GradingRecord:
             num_resamples=int(content["num_resamples"]),
             finished=bool(content["finished"]),
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "record-malformed",
-            f"The record of a grading lacks or mistypes a field ({type(error).__name__}: {str(error)[:60]}); grade again with this medaug, "
-            "finished rows are kept.",
-        ) from error
 
 
 def read_record(folder: Path) -> GradingRecord:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medaug import storage
-from medaug.errors import DataError, StorageError
+from medaug.errors import DataError, StorageError, well_formed
 from medaug.grading.judgement import judged_rows, verdict_and_points
 from medaug.grading.report import pictures, write_report
 from medaug.results.limits import Outcome
@@ -95,13 +95,8 @@ def _readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) 
     """
     from jinja2 import UndefinedError
 
-    try:
+    with well_formed("page-malformed", "A fact of the page", "write the page again from its rows", UndefinedError):
         return readme(study, outcome, figures, notes)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, UndefinedError) as error:
-        raise DataError(
-            "page-malformed",
-            f"A fact of the page lacks or mistypes a field ({type(error).__name__}); write the page again from its rows.",
-        ) from error
 
 
 def _marked(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medaug import sessions, storage
-from medaug.errors import DataError
+from medaug.errors import DataError, well_formed
 from medaug.evidence.shown import HIDDEN
 from medaug.grading.benchmark import ROWS_FOLDER
 from medaug.grading.record import RECORD_NAME, GradingRecord, read_record, recorded_rows
@@ -75,28 +75,21 @@ def _graded(folder: Path) -> Study:
             f"{folder.name} holds no rows; give a folder of `medaug experiment`, augment or grade whose grading has begun, or a page.",
         )
     record = read_record(bench)
-    try:
+    with well_formed("row-malformed", f"A row of {folder.name}", "delete it and grade again"):
         rows = tuple(recorded_rows(bench, record))
         check_rows(record, rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "row-malformed",
-            f"A row of {folder.name} lacks or mistypes a field ({type(error).__name__}); delete it and grade again.",
-        ) from error
     if not rows:
         raise DataError("rows-missing", f"No training run of {folder.name} is finished yet; run its command again.")
     experiment = _object(folder / "experiment.json") if several else None
     if experiment is not None and "table" not in experiment:  # it has been started again and has not come to its end
         record = replace(record, finished=False)
     times = sessions.joined(sessions.read_sessions(place) for place in dict.fromkeys([folder, bench]))
-    try:
+    with well_formed(
+        "experiment-malformed",
+        f"experiment.json or augment.json of {folder.name}",
+        "run its command again, finished rows are kept",
+    ):
         return Study(record, rows, _facts(record, experiment, _object(folder / "augment.json")), times)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "experiment-malformed",
-            f"experiment.json or augment.json of {folder.name} lacks or mistypes a field ({type(error).__name__}); run its command again, "
-            "finished rows are kept.",
-        ) from error
 
 
 def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -116,8 +109,11 @@ def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Map
 
 
 def _lacking(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The seeds at which a row has no image although it has some at others."""
-    return {"seeds_without": line["seeds_without"]} if line["accepted"] and line.get("seeds_without") else {}
+    """What a row without images, at all or at some seeds, lacks: those seeds, and the images of rounds of feedback that did not help."""
+    if not line.get("seeds_without"):
+        return {}
+    seeds = {"seeds_without": line["seeds_without"]} if line["accepted"] else {}
+    return seeds | ({"unkept": line["unkept"]} if line.get("unkept") else {})
 
 
 def _object(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medaug import sessions, storage
-from medaug.errors import DataError
+from medaug.errors import DataError, well_formed
 from medaug.grading.metrics import classification_metrics
 from medaug.grading.record import GradingRecord, record_from_json, record_to_json
 from medaug.grading.rows import Row, check_test_cases
@@ -118,7 +118,7 @@ def study_from_files(rows_text: str, content: Any, times: Any) -> Study:
         DataError: `page-format` for a page of another version, `page-changed` if the rows are not those the page was written
             with, `page-malformed` where a field is missing, and those of `check_rows`.
     """
-    try:
+    with well_formed("page-malformed", "A file of the page", "write the page again"):
         rows = json.loads(rows_text)
         if rows["format"] != PAGE_FORMAT or content["format"] != PAGE_FORMAT:
             raise earlier_format()
@@ -132,11 +132,6 @@ def study_from_files(rows_text: str, content: Any, times: Any) -> Study:
         full = tuple(_full(row, rows["key"], record) for row in rows["rows"])
         study = Study(record, full, {name: content[name] for name in _FACTS}, sessions.checked(times))
         check_rows(study.record, study.rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            "page-malformed",
-            f"A file of the page lacks or mistypes a field ({type(error).__name__}: {str(error)[:60]}); write the page again.",
-        ) from error
     return study
 
 

@@ -382,12 +382,15 @@ def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: 
     none = {"arm": "none", "generated": None, "accepted": None, "label_agreement": None}
     table = [none, {**none, "arm": "drawn", "generated": 27, "accepted": 12, "label_agreement": 0.75}]
     table += [{**none, "arm": "lost", "generated": 9, "accepted": 0}]
+    table += [{**none, "arm": "rounds", "generated": 9, "accepted": 0, "seeds_without": [0], "unkept": 8}]
     storage.write_json(tmp_path / "job" / "experiment.json", head | {"table": table})
     write_page(tmp_path / "job", tmp_path / "page")
     text = (tmp_path / "page" / "README.md").read_text()
     assert text.startswith("# Where \\| noise goes\n\n**Asked.** Does &lt;it&gt; matter? Arms: none, oversample, drawn;")
     assert "    medaug experiment noise --cohort" in text and "| drawn | 27 | 12 | 0.750 |" in text
     assert "- **Not graded.** lost: none of 9 generated images was accepted." in text
+    unkept = "rounds: of 9 generated images the gate accepted 8, but no round of them helped a grader on validation."
+    assert f"- **Not graded.** {unkept}" in text
     written = (tmp_path / "page" / "experiment.json").read_text()
     assert "secret" not in written and '"bundle": "mine"' in written
 
