@@ -24,6 +24,7 @@ from medaug.errors import ConfigError, StorageError
 from medaug.experiment_checks import check_experiment
 from medaug.experiment_file import Experiment, ExperimentRow, read_experiment
 from medaug.feedback import run_feedback
+from medaug.generation.calibration import RESULT_FILE
 from medaug.grading.presets import ALL_REAL
 from medaug.grading.verdict import BASELINE
 from medaug.intake.section import publishable, section_options
@@ -33,6 +34,8 @@ from medaug.workflow import load_config, run_stage, run_training
 
 FACTS = ("generated", "accepted", "label_agreement")
 SEEDS_APART = 1000  # of generators for the graders' seeds 0, 1, ..., so that another --seed shares none with this one
+CALIBRATION = "calibration"
+_PILOT = ("scale", "rows", "weak_distance", "least_agreement", "seed_images")  # of a calibration's result
 COUNTS = ("generated", "accepted", "labelled", "agreeing", "unkept")  # of one set of images
 
 
@@ -99,7 +102,8 @@ def run_experiment(
         table = table_lines(result["rows"], result["verdict"], facts)
         if experiment.cells:
             _write_cells(experiment, out, result["rows"], table)
-        summary = head | {"rows": result["rows"], "verdict": result["verdict"], "table": table}
+        pilots = _calibrations(experiment, out)
+        summary = head | {"rows": result["rows"], "verdict": result["verdict"], "table": table} | pilots
         storage.write_json(out / "experiment.json", summary)
         storage.write_text(out / "table.md", markdown(experiment.title, table))
     return summary
@@ -215,6 +219,8 @@ def _make(
     if row.feedback is not None:
         return _make_in_rounds(experiment, row, cohort, run, out, seed)
     paths = {"run_dir": str(run), "output_dir": str(synthetic)}
+    if row.generating.get("calibrate"):  # rows of one run may calibrate other samplers
+        paths["calibration_dir"] = str(out / CALIBRATION / row.name)
     overrides = {**row.generating, **common, **paths, "seed": seed + int(row.generating.get("seed", 0))}
     made = run_stage(row.bundle, "generating", experiment.profile, overrides, overlay=row.overlay or None)
     gated = gate_synthetic(
@@ -231,6 +237,20 @@ def _make(
     lineages = [case.lineage or {} for case in accepted]
     agree = [entry["pseudo_label"] == entry["intended_label"] for entry in lineages if entry.get("pseudo_label") is not None]
     return dict(zip(COUNTS, (len(made.training), len(accepted), len(agree), sum(agree), 0), strict=True))
+
+
+def _calibrations(experiment: Experiment, out: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the pilots found, a line for each row that had one and each place: the scales, and how well the judge knows real images."""
+    lines = []
+    for row in experiment.rows:
+        for own, place in experiment.places(out).items():
+            path = place / CALIBRATION / row.name / RESULT_FILE
+            if path.is_file():
+                found = storage.read_json(path)
+                judge = {key: (found.get("judge_validation") or {}).get(key) for key in ("n", "balanced_accuracy")}
+                seed = {"seed": own} if experiment.generator_per_seed else {}
+                lines.append({"row": row.name, **seed, "judge": judge} | {key: found[key] for key in _PILOT})
+    return {"calibrations": lines} if lines else {}
 
 
 def _make_in_rounds(experiment: Experiment, row: ExperimentRow, cohort: Path, run: Path, out: Path, seed: int) -> dict[str, int]:

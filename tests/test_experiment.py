@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
-from medaug import experiment
+from medaug import experiment, storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.cells_figure import cells_figure, cells_png
@@ -142,6 +143,33 @@ def test_rounds_of_feedback_may_cost_what_the_row_would_make_at_once(
     folder, options = seen["arguments"][3:]
     assert folder == tmp_path / "out" / "feedback" / "rounds" and options.budget == round(1.5 * len(cohort.training))
     assert (options.checks, seen["seed"], seen["profile"]) == (("usable", "copies"), 14, "tiny")
+
+
+def test_each_row_keeps_the_calibration_of_its_own_noise(
+    make_cohort: Callable[..., Cohort], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cohort(tmp_path / "cohort")
+    result = {"rows": [], "weak_distance": 0.1, "least_agreement": 0.9, "seed_images": 4, "judge_validation": {"n": 3}}
+
+    def generate(_: Any, stage: str, profile: Any, overrides: Any, **__: Any) -> Cohort:
+        scale = float(overrides["variation_settings#strength"])
+        storage.write_json(Path(overrides["calibration_dir"]) / "calibration.json", result | {"scale": scale})
+        return read_cohort(tmp_path / "cohort")
+
+    monkeypatch.setattr(experiment, "run_training", lambda *_: None)
+    monkeypatch.setattr(experiment, "run_stage", generate)
+    monkeypatch.setattr(experiment, "gate_synthetic", lambda *_, **__: SimpleNamespace(accepted=read_cohort(tmp_path / "cohort")))
+    rows = [
+        {"name": name, "generating": {"calibrate": True, "variation_settings#strength": value}}
+        for name, value in (("faint", 0.5), ("strong", 0.8))
+    ]
+    read = experiment.read_experiment(write(tmp_path, shared={"bundle": "bottleneck_perturbation"}, rows=rows, profile="tiny"))
+    assert experiment._calibrations(read, tmp_path / "out") == {}
+    for row in read.rows:
+        experiment._make(read, row, tmp_path / "cohort", tmp_path / "out", 0, {})
+    (faint, strong) = experiment._calibrations(read, tmp_path / "out")["calibrations"]
+    assert (faint["row"], faint["scale"], strong["row"], strong["scale"]) == ("faint", 0.5, "strong", 0.8)
+    assert faint["judge"] == {"n": 3, "balanced_accuracy": None} and faint["seed_images"] == 4
 
 
 def test_the_table_takes_its_figures_from_the_rows() -> None:

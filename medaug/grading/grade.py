@@ -99,22 +99,8 @@ def grade(
     cohort = read_cohort(Path(cohort_dir), verify=True)
     names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
     which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    common: dict[str, Any] = {"allocation": allocation, "allow_untrusted": allow_untrusted, "amst": amst}
-    own = own_seeds([*arm_specs, *sources], which)
-    given = {seed: [at_place(text, seed) for text in sources] for seed in own}
-    cohorts = {seed: named_sources(given[seed], _asked_for(arm_specs), cohort, out / COPIES_FOLDER) for seed in own}
-
-    def read(ratio: float | None, fraction: float) -> list[Arm]:
-        options: dict[str, Any] = {**common, "synthetic_per_real": ratio, "real_fraction": fraction}
-        return join_sets(
-            lambda seed: [parse_arm(at_place(spec, seed), named=cohorts[seed], **options) for spec in arm_specs], own
-        )
-
-    ratios, fractions = amounts(synthetic_per_real, "--per-real"), amounts(real_fraction, "--real-fraction")
-    arms = spread_arms(read, ratios, fractions, cohort)
-    if BASELINE not in [arm.base for arm in arms]:
-        raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
-    check_choosable(arms, cohort)
+    options = {"allocation": allocation, "allow_untrusted": allow_untrusted, "amst": amst}
+    arms = _read_arms(arm_specs, sources, which, cohort, out / COPIES_FOLDER, synthetic_per_real, real_fraction, options)
     check_precision(str((overrides or {}).get("precision", "float32")), device)
     weights = _checked_weights(pretrained, names)
     recipes = {name: grading_recipe(profile, name, overrides, pretrained=name in weights) for name in names}
@@ -159,6 +145,36 @@ def grade(
         )
     verdict = _report(out, keeper, known, failed, graded)
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
+
+
+def _read_arms(
+    specs: Sequence[str],
+    sources: Sequence[str],
+    seeds: Sequence[int],
+    cohort: Cohort,
+    copies: Path,
+    synthetic_per_real: float | Sequence[float] | None,
+    real_fraction: float | Sequence[float],
+    options: Mapping[str, Any],
+) -> list[Arm]:
+    """The arms of a comparison, each at every ratio and fraction and with the images of every seed; see `grade` and `parse_arm`.
+
+    Raises:
+        ConfigError: `baseline-missing`, and see `parse_arm` and `check_choosable`.
+    """
+    own = own_seeds([*specs, *sources], seeds)
+    given = {seed: [at_place(text, seed) for text in sources] for seed in own}
+    cohorts = {seed: named_sources(given[seed], _asked_for(specs), cohort, copies) for seed in own}
+
+    def read(ratio: float | None, fraction: float) -> list[Arm]:
+        chosen: dict[str, Any] = {**options, "synthetic_per_real": ratio, "real_fraction": fraction}
+        return join_sets(lambda seed: [parse_arm(at_place(spec, seed), named=cohorts[seed], **chosen) for spec in specs], own)
+
+    arms = spread_arms(read, amounts(synthetic_per_real, "--per-real"), amounts(real_fraction, "--real-fraction"), cohort)
+    if BASELINE not in [arm.base for arm in arms]:
+        raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
+    check_choosable(arms, cohort)
+    return arms
 
 
 def _report(

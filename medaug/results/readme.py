@@ -7,9 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from medaug.cohort import SPLITS
 from medaug.evidence.shown import counted, figure, listed, markdown
 from medaug.grading.record import CellName, GradingRecord
+from medaug.grading.rows import Row
 from medaug.grading.tables import ALL, class_rows, interval, number, table_rows
 from medaug.grading.verdict import BASELINE, METRIC_LABELS, primary_metric
 from medaug.results.limits import Outcome, limits
@@ -70,6 +73,8 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         acceptance=_acceptance(record),
         image_sets=listed(record.image_sets),
         made=[line for line in facts.get("made") or () if line["generated"]],
+        calibrations=[_pilot(line) for line in facts.get("calibrations") or ()],
+        relabelled=_relabelled(outcome.rows),
         networks=_by_network(outcome),
         recipe=_recipe(outcome),
         classes=_by_class(outcome),
@@ -246,6 +251,42 @@ def _acceptance(record: GradingRecord) -> list[list[Any]]:
         [listed(dict.fromkeys(arms)), name, generated, accepted, f"{accepted / generated:.0%}" if generated else "–"]
         for (name, generated, accepted, _), arms in found.items()
     ]
+
+
+def _pilot(line: Mapping[str, Any]) -> dict[str, Any]:
+    """One calibration: which row, what the rule was, how far the judge is to be trusted, and a line for each scale."""
+    judge, known = line["judge"], ""
+    if judge["n"]:
+        known = f", on {judge['n']} validation images itself right with balanced accuracy {figure(judge['balanced_accuracy'])},"
+    rule = f"the largest scale that leaves {line['least_agreement']:.0%} of the labels that a judge{known} sees in {line['seed_images']} "
+    rule += f"training images run back without noise, and moves them further than a weak copy ({line['weak_distance']:.3f})"
+    scales = [
+        [f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in ("agreement", "distance", "copy_rate"))] for row in line["rows"]
+    ]
+    at = f", seed {line['seed']}" if "seed" in line else ""
+    return {"row": f"{line['row']}{at}", "chosen": f"{line['scale']:g}", "rule": rule, "scales": scales}
+
+
+def _relabelled(rows: Sequence[Row]) -> list[list[str]]:
+    """What AMST made of the seed images' labels, a line for each arm and network with the range over seeds; nothing where it kept all."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("amst"):
+            found.setdefault((row["arm"], row["network"]), []).append(row["amst"])
+    lines = []
+    for (arm, network), reports in found.items():
+        kept = [(report["accepted"], report["scored"]) for report in reports]
+        other = [(report["relabelled"], report["accepted"]) for report in reports]
+        seen = [(report["scored"] - int(np.trace(report["confusion_all"])), report["scored"]) for report in reports]
+        if any(part for part, _ in seen) or any(part < whole for part, whole in kept):
+            lines.append([arm, network, *map(_shares, (kept, other, seen))])
+    return lines
+
+
+def _shares(parts: Sequence[tuple[int, int]]) -> str:
+    """The least and the largest of several shares, in percent."""
+    low, high = (f"{pick(part / whole if whole else 0.0 for part, whole in parts):.0%}" for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _by_class(outcome: Outcome) -> list[list[Any]]:

@@ -96,7 +96,7 @@ def _facts(record: GradingRecord, experiment: Mapping[str, Any] | None, job: Map
     """What is known beside the grading; a path in it is hidden."""
     common = {"command": record.command}
     if experiment is not None:
-        names = ("name", "title", "asked", "command", "profile", "settings", "cells", "intake")
+        names = ("name", "title", "asked", "command", "profile", "settings", "cells", "intake", "calibrations")
         known = {name: experiment[name] for name in names if experiment.get(name)}
         table = [line for line in experiment.get("table", ()) if line.get("generated")]
         rows = {str(line["arm"]).partition("@")[0]: line for line in reversed(table)}  # variants of a row share its images

@@ -26,6 +26,7 @@ _KEPT = (
     "num_unlabelled", "ratio", "added_per_class", "per_source", "num_steps", "image_passes", "forward_passes", "best_step",
 )  # fmt: skip
 _FACTS = ("kind", "name", "title", "asked", "command", "profile", "settings", "cells", "made", "intake", "samples")
+_RARE = ("calibrations",)  # facts that a page names only if it has them
 
 __all__ = ["PAGE_FORMAT", "Study", "check_rows", "earlier_format", "page_files", "study_from_files"]
 
@@ -36,7 +37,7 @@ class Study:
 
     Attributes:
         record, rows: of the grading; rows in the order of the record's cells, as `page_files` keeps them.
-        facts: plain values under the names of `_FACTS`; see `medaug.results.sources`.
+        facts: plain values under the names of `_FACTS` and `_RARE`; see `medaug.results.sources`.
         times: see `medaug.sessions.read_sessions`.
     """
 
@@ -64,6 +65,7 @@ def page_files(study: Study) -> dict[str, str]:
     }
     text = _lines(rows)
     facts = {name: study.facts.get(name) for name in _FACTS}
+    facts |= {name: study.facts[name] for name in _RARE if study.facts.get(name)}
     content = {"format": PAGE_FORMAT, **facts, "rows_sha256": storage.sha256_bytes(text.encode())}
     return {
         "rows.json": text,
@@ -81,7 +83,14 @@ def _compact(row: Row, shared: Mapping[str, Any]) -> dict[str, Any]:
     validation = None if row["validation"] is None else {"metrics": _scalars(row["validation"]["metrics"])}
     probs = np.rint(np.asarray(row["test"]["probs"], dtype=float) * MILLION).astype(int)
     test = {"metrics": _scalars(row["test"].get("stated") or row["test"]["metrics"]), "probs": probs.ravel().tolist()}
-    return {**kept, "key": key, "validation": validation, "test": test}
+    labels = {"amst": _relabelling(row["amst"])} if row.get("amst") else {}
+    return {**kept, **labels, "key": key, "validation": validation, "test": test}
+
+
+def _relabelling(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What AMST made of the labels of the seed images in its last round, see `medaug.training.pseudo_labels.label_report`."""
+    last = found["rounds"][-1] if "rounds" in found else found
+    return {name: last[name] for name in ("scored", "accepted", "relabelled", "confusion_all")}
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
@@ -130,7 +139,8 @@ def study_from_files(rows_text: str, content: Any, times: Any) -> Study:
         grading = dict(content["grading"])
         record = record_from_json(grading | {"cells": rows["cells"], "data": {**grading["data"], **rows["test"]}})
         full = tuple(_full(row, rows["key"], record) for row in rows["rows"])
-        study = Study(record, full, {name: content[name] for name in _FACTS}, sessions.checked(times))
+        facts = {name: content[name] for name in _FACTS} | {name: content[name] for name in _RARE if name in content}
+        study = Study(record, full, facts, sessions.checked(times))
         check_rows(study.record, study.rows)
     return study
 

@@ -395,6 +395,55 @@ def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: 
     assert "secret" not in written and '"bundle": "mine"' in written
 
 
+def test_a_calibration_is_shown_with_its_rule_and_how_far_its_judge_is_to_be_trusted(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "bench", tmp_path / "job" / "benchmark")
+    rows = [{"scale": scale, "agreement": 1 - scale / 4, "distance": scale, "copy_rate": 0.5} for scale in (0.0, 0.25, 1.0)]
+    pilot = {"scale": 0.25, "rows": rows, "weak_distance": 0.125, "least_agreement": 0.9, "seed_images": 12}
+    lines = [{"row": "drawn", "judge": {"n": 8, "balanced_accuracy": 0.625}, **pilot}]
+    lines += [{"row": "other", "seed": 3, "judge": {"n": None, "balanced_accuracy": None}, **pilot}]
+    storage.write_json(tmp_path / "job" / "experiment.json", {"name": "noise", "table": [], "calibrations": lines})
+    write_page(tmp_path / "job", tmp_path / "page")
+    text = (tmp_path / "page" / "README.md").read_text()
+    assert text.count("## How strong the noise may be") == 1
+    rule = "the largest scale that leaves 90% of the labels that a judge, on 8 validation images itself right with balanced accuracy 0.625, sees"
+    assert f"For drawn a calibration chose 0.25: {rule} in 12 training images" in text
+    assert (
+        "For other, seed 3 a calibration chose 0.25: the largest scale that leaves 90% of the labels that a judge sees in 12"
+        in text
+    )
+    assert "further than a weak copy (0.125)." in text and text.count("| 0.25 | 0.938 | 0.250 | 0.500 |") == 2
+    write_page(tmp_path / "page", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "page")
+
+
+def test_what_amst_made_of_the_labels_is_told_for_each_network(bench: Path, tmp_path: Path) -> None:
+    networks = set()
+    for path in (bench / "rows").iterdir():
+        row = storage.read_json(path)
+        if row["arm"] == "drawn":
+            networks.add(row["network"])
+            last = {
+                "scored": 8,
+                "accepted": 4 - 2 * (row["seed"] > 0),
+                "relabelled": 1,
+                "confusion_all": [[3, 1, 0], [0, 2, 0], [2, 0, 0]],
+            }
+            storage.write_json(path, row | {"amst": {"rounds": [{"scored": 1}, last], "notes": []}})
+        else:
+            storage.write_json(
+                path, row | {"amst": {"rounds": [{"scored": 2, "accepted": 2, "relabelled": 0, "confusion_all": [[2]]}]}}
+            )
+    write_page(bench, tmp_path / "page")
+    text = (tmp_path / "page" / "README.md").read_text()
+    section = text[text.index("## What AMST did to the labels") : text.index("## By class")]
+    assert networks and all(
+        f"| drawn | {name} | 25% to 50% | 25% to 50% | 38% |" in section.replace("\\", "") for name in networks
+    )
+    assert "oversample" not in section and "| none" not in section  # which kept every label
+    write_page(tmp_path / "page", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "page")
+
+
 def test_the_command_shows_a_summary(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from medaug import cli
 
