@@ -55,7 +55,7 @@ def run_experiment(
     Args:
         file: name in ``configs/experiments`` or path.
         cohort_dir: real cohort; None makes it in ``out/cohort`` as the file's section ``intake`` says.
-        out: folder: cohort/, runs/, synthetic/, accepted/, feedback/, benchmark/, table.md, experiment.json; with cells also
+        out: folder: cohort/, runs/, synthetic/, accepted/, calibration/, feedback/, benchmark/, table.md, experiment.json; with cells also
             NAME.png and rows.json.
         profile: replaces the file's own.
         seed: of every stage but intake, whose split the file fixes, and grading, which has seeds of its own.

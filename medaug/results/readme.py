@@ -73,7 +73,7 @@ def readme(study: Study, outcome: Outcome, figures: Sequence[str], notes: str) -
         acceptance=_acceptance(record),
         image_sets=listed(record.image_sets),
         made=[line for line in facts.get("made") or () if line["generated"]],
-        calibrations=[_pilot(line) for line in facts.get("calibrations") or ()],
+        pilots=_pilots(facts.get("calibrations") or ()),
         relabelled=_relabelled(outcome.rows),
         networks=_by_network(outcome),
         recipe=_recipe(outcome),
@@ -253,18 +253,28 @@ def _acceptance(record: GradingRecord) -> list[list[Any]]:
     ]
 
 
-def _pilot(line: Mapping[str, Any]) -> dict[str, Any]:
-    """One calibration: which row, what the rule was, how far the judge is to be trusted, and a line for each scale."""
-    judge, known = line["judge"], ""
-    if judge["n"]:
-        known = f", on {judge['n']} validation images itself right with balanced accuracy {figure(judge['balanced_accuracy'])},"
-    rule = f"the largest scale that leaves {line['least_agreement']:.0%} of the labels that a judge{known} sees in {line['seed_images']} "
-    rule += f"training images run back without noise, and moves them further than a weak copy ({line['weak_distance']:.3f})"
-    scales = [
-        [f"{row['scale']:g}", *(f"{row[name]:.3f}" for name in ("agreement", "distance", "copy_rate"))] for row in line["rows"]
-    ]
-    at = f", seed {line['seed']}" if "seed" in line else ""
-    return {"row": f"{line['row']}{at}", "chosen": f"{line['scale']:g}", "rule": rule, "scales": scales}
+def _pilots(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
+    """The rule of a calibration -> a line for each row of the experiment and each scale that was tried, the chosen one in bold."""
+    found: dict[str, list[list[Any]]] = {}
+    for line in lines:
+        name = line["row"] + (f", seed {line['seed']}" if "seed" in line else "")
+        for row in line["rows"]:
+            scale = f"{row['scale']:g}"
+            chosen = Ready(f"**{scale}**") if row["scale"] == line["scale"] else scale
+            figures = [f"{row[key]:.3f}" for key in ("agreement", "distance", "copy_rate")]
+            found.setdefault(_rule(line), []).append([name, chosen, *figures])
+    return found
+
+
+def _rule(line: Mapping[str, Any]) -> str:
+    """What a calibration chooses by, and how far its judge is to be trusted."""
+    judge = line["judge"]
+    right = f"balanced accuracy {figure(judge['balanced_accuracy'])} on {judge['n']} validation images"
+    return (
+        f"In bold the largest scale that leaves {line['least_agreement']:.0%} of the labels that a judge sees without noise, and moves an image "
+        f"further than a weak copy does ({line['weak_distance']:.3f}), on {line['seed_images']} training images. The judge has learned from them"
+        f"{f' ({right})' if judge['n'] else ''}."
+    )
 
 
 def _relabelled(rows: Sequence[Row]) -> list[list[str]]:

@@ -405,13 +405,18 @@ def test_a_calibration_is_shown_with_its_rule_and_how_far_its_judge_is_to_be_tru
     write_page(tmp_path / "job", tmp_path / "page")
     text = (tmp_path / "page" / "README.md").read_text()
     assert text.count("## How strong the noise may be") == 1
-    rule = "the largest scale that leaves 90% of the labels that a judge, on 8 validation images itself right with balanced accuracy 0.625, sees"
-    assert f"For drawn a calibration chose 0.25: {rule} in 12 training images" in text
+    rule = "In bold the largest scale that leaves 90% of the labels that a judge sees without noise"
+    assert text.count(rule) == 2 and text.count("than a weak copy does (0.125), on 12 training images.") == 2
     assert (
-        "For other, seed 3 a calibration chose 0.25: the largest scale that leaves 90% of the labels that a judge sees in 12"
-        in text
+        text.count("has learned from them (balanced accuracy 0.625 on 8 validation images).")
+        == text.count("has learned from them.")
+        == 1
     )
-    assert "further than a weak copy (0.125)." in text and text.count("| 0.25 | 0.938 | 0.250 | 0.500 |") == 2
+    for name in ("drawn", "other, seed 3"):
+        assert (
+            f"| {name} | 0 | 1.000 | 0.000 | 0.500 |\n| {name} | **0.25** | 0.938 | 0.250 | 0.500 |\n| {name} | 1 | 0.750 |"
+            in text
+        )
     write_page(tmp_path / "page", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "page")
 
