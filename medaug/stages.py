@@ -194,19 +194,13 @@ def grade_arms(
     """
     from medaug.grading.command import grade_command
     from medaug.grading.grade import grade
-    from medaug.grading.report import CLASSES, CURVES, FIGURES, TABLES
 
-    names = (
-        networks
-        if networks == "all"
-        else [name.strip() for name in networks.split(",")]
-        if isinstance(networks, str)
-        else list(networks)
-    )
+    listed = [name.strip() for name in networks.split(",")] if isinstance(networks, str) else list(networks)
+    names = "all" if networks == "all" else listed
     command = command or grade_command(
         arms,
         sources=sources,
-        networks=["all"] if networks == "all" else names,
+        networks=listed,
         seeds=seeds,
         profile=profile,
         synthetic_per_real=synthetic_per_real,
@@ -248,11 +242,18 @@ def grade_arms(
             command=command,
             tracking=run,
         )
-        run.log_table(result["rows"], "rows.json")
-        run.log_dict(result["verdict"], "verdict.json")
-        run.log_metrics({f"{arm}/difference": entry["against_none"]["difference"] for arm, entry in result["verdict"].items()})
-        run.log_dict({"failed": result["failed"]}, "failed.json")
-        for file in ("report.html", CURVES, CLASSES, *FIGURES, *TABLES):
-            if (out / file).is_file():
-                run.log_artifact(out / file)
+        _log_grading(run, result, Path(out))
         return result
+
+
+def _log_grading(run: Any, result: Mapping[str, Any], out: Path) -> None:
+    """Rows, verdict, failures and the files of the report, in the tracked run."""
+    from medaug.grading.report import CLASSES, CURVES, FIGURES, TABLES
+
+    run.log_table(result["rows"], "rows.json")
+    run.log_dict(result["verdict"], "verdict.json")
+    run.log_metrics({f"{arm}/difference": entry["against_none"]["difference"] for arm, entry in result["verdict"].items()})
+    run.log_dict({"failed": result["failed"]}, "failed.json")
+    for file in ("report.html", CURVES, CLASSES, *FIGURES, *TABLES):
+        if (out / file).is_file():
+            run.log_artifact(out / file)
