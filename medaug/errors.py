@@ -74,6 +74,8 @@ def well_formed(code: str, what: str, way_out: str, *also: type[Exception]) -> I
     try:
         yield
     except KeyError as error:
-        raise DataError(code, f"{what} lacks the field {error}; {way_out}.") from error
+        key = error.args[0] if error.args else None
+        named = f"the field {key!r}" if isinstance(key, str) and len(key) <= 40 else "a field"
+        raise DataError(code, f"{what} lacks {named}; {way_out}.") from error
     except others as error:
         raise DataError(code, f"{what} lacks or mistypes a field ({type(error).__name__}); {way_out}.") from error

@@ -196,15 +196,16 @@ def _make_rows(
 
 
 def _together(found: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """The images of all seeds: generated, accepted, the share whose label a filter agrees with, the seeds without any, and how many were
-    accepted in rounds of feedback that did not help."""
+    """The images of all seeds: generated, accepted, the share whose label a filter agrees with, the seeds without any, and how many of
+    these were accepted in rounds of feedback that did not help."""
     total = {key: sum(made[key] for made in found.values()) for key in COUNTS}
+    without = {seed: made for seed, made in found.items() if not made["accepted"]}
     return {
         "generated": total["generated"],
         "accepted": total["accepted"],
         "label_agreement": total["agreeing"] / total["labelled"] if total["labelled"] else None,
-        "seeds_without": [seed for seed, made in found.items() if not made["accepted"]],
-        "unkept": total["unkept"],
+        "seeds_without": list(without),
+        "unkept": sum(made["unkept"] for made in without.values()),
     }
 
 
@@ -242,7 +243,8 @@ def _make(
 def _calibrations(experiment: Experiment, out: Path) -> dict[str, list[dict[str, Any]]]:
     """What the pilots found, a line for each row that had one and each place: the scales, and how well the judge knows real images."""
     lines = []
-    for row in experiment.rows:
+    calibrating = [row for row in experiment.rows if row.generating.get("calibrate") and experiment.maker(row) is row]
+    for row in calibrating:
         for own, place in experiment.places(out).items():
             path = place / CALIBRATION / row.name / RESULT_FILE
             if path.is_file():

@@ -22,7 +22,7 @@ from medaug.stages import change
 from medaug.training.amst_recipe import amst_recipe
 from medaug.workflow import check_overrides
 
-OF_THE_EXPERIMENT = ("dataset_dir", "output_dir", "run_dir", "tracking")  # settings that it fills in itself
+OF_THE_EXPERIMENT = ("dataset_dir", "output_dir", "run_dir", "calibration_dir", "tracking")  # settings that it fills in itself
 
 __all__ = ["check_experiment"]
 
@@ -68,6 +68,11 @@ def _check_row(row: ExperimentRow, profile: str | None) -> None:
     if not WHOLE[1](row.generating.get("seed", 0)):
         raise ConfigError(
             "config-value", f"seed of generating of row {row.name} must be a whole number, got {row.generating['seed']!r}."
+        )
+    if row.feedback is not None and row.generating.get("calibrate"):
+        raise ConfigError(
+            "feedback-option",
+            f"Row {row.name} cannot calibrate in rounds of feedback, since each round would; give the scale that another row calibrates.",
         )
     for network in (row.gate.get("network"), (row.feedback or {}).get("network")):
         if network is not None:

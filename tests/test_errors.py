@@ -11,6 +11,12 @@ def test_a_field_that_is_missing_or_of_another_type_is_one_refusal() -> None:
     sentence = r"^\[x-malformed\] The file lacks the field 'classes'; make it again\.$"
     with pytest.raises(DataError, match=sentence), well_formed("x-malformed", "The file", "make it again"):
         dict[str, str]().pop("classes")
+    for strange in ((), (3,), ("x" * 41,)):
+        with (
+            pytest.raises(DataError, match="The file lacks a field; make it again"),
+            well_formed("x", "The file", "make it again"),
+        ):
+            raise KeyError(*strange)
     with pytest.raises(DataError, match=r"mistypes a field \(ValueError\)") as caught, well_formed("x-malformed", "It", "again"):
         int("Meier")
     assert "Meier" not in str(caught.value)

@@ -169,7 +169,17 @@ def test_each_row_keeps_the_calibration_of_its_own_noise(
         experiment._make(read, row, tmp_path / "cohort", tmp_path / "out", 0, {})
     (faint, strong) = experiment._calibrations(read, tmp_path / "out")["calibrations"]
     assert (faint["row"], faint["scale"], strong["row"], strong["scale"]) == ("faint", 0.5, "strong", 0.8)
+    plain = experiment.read_experiment(write(tmp_path, shared={"bundle": "bottleneck_perturbation"}, rows=[{"name": "faint"}]))
+    assert experiment._calibrations(plain, tmp_path / "out") == {}  # what lies there is of an earlier file
     assert faint["judge"] == {"n": 3, "balanced_accuracy": None} and faint["seed_images"] == 4
+
+
+def test_only_seeds_without_images_count_the_rounds_that_did_not_help() -> None:
+    some = {"generated": 18, "accepted": 10, "labelled": 0, "agreeing": 0, "unkept": 8}
+    none = some | {"accepted": 0, "unkept": 0}
+    mixed = experiment._together({0: some, 1: none})
+    assert (mixed["accepted"], mixed["seeds_without"], mixed["unkept"]) == (10, [1], 0)
+    assert experiment._together({0: some, 1: none | {"unkept": 3}})["unkept"] == 3
 
 
 def test_the_table_takes_its_figures_from_the_rows() -> None:

@@ -48,6 +48,8 @@ def test_a_row_has_a_name_that_is_a_folder_and_an_arm(tmp_path: Path, name: obje
         ({"training": {"max_epoch": 3}}, "config-key-unknown"),
         ({"training": {"max_epochs": "many"}}, "config-value"),
         ({"generating": {"output_dir": "elsewhere"}}, "config-value"),
+        ({"bundle": "bottleneck_perturbation", "generating": {"calibration_dir": "elsewhere"}}, "config-value"),
+        ({"bundle": "bottleneck_perturbation", "generating": {"calibrate": True}, "feedback": {"rounds": 1}}, "feedback-option"),
         ({"generating": {"seed": "abc"}}, "config-value"),
         ({"gate": {"checks": 3}}, "config-value"),
         ({"gate": {"checks": "copies"}}, "config-value"),

@@ -269,10 +269,10 @@ def _pilots(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
 def _rule(line: Mapping[str, Any]) -> str:
     """What a calibration chooses by, and how far its judge is to be trusted."""
     judge = line["judge"]
-    right = f"balanced accuracy {figure(judge['balanced_accuracy'])} on {judge['n']} validation images"
+    right = f"balanced accuracy {figure(judge['balanced_accuracy'])} on {counted(judge['n'], 'validation image')}"
     return (
         f"In bold the largest scale that leaves {line['least_agreement']:.0%} of the labels that a judge sees without noise, and moves an image "
-        f"further than a weak copy does ({line['weak_distance']:.3f}), on {line['seed_images']} training images. The judge has learned from them"
+        f"further than a weak copy does ({line['weak_distance']:.3f}), on {counted(line['seed_images'], 'training image')}. The judge has learned from them"
         f"{f' ({right})' if judge['n'] else ''}."
     )
 
@@ -294,8 +294,11 @@ def _relabelled(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _shares(parts: Sequence[tuple[int, int]]) -> str:
-    """The least and the largest of several shares, in percent."""
-    low, high = (f"{pick(part / whole if whole else 0.0 for part, whole in parts):.0%}" for pick in (min, max))
+    """The least and the largest of several shares, in percent; a share of nothing is none."""
+    known = [part / whole for part, whole in parts if whole]
+    if not known:
+        return "–"
+    low, high = (f"{pick(known):.0%}" for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
 

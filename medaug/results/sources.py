@@ -47,7 +47,9 @@ def read_study(folder: Path) -> Study:
         if not rows.is_file():
             raise DataError("rows-missing", f"The page {folder.name} has lost its rows.json; restore it.")
         return study_from_files(text_of(rows), storage.read_json(content), storage.read_json(times))
-    files = page_files(_graded(folder))  # what is written is what a reader of the page has, whichever way it came here
+    study = _graded(folder)
+    with well_formed("row-malformed", f"A row of {folder.name}", "delete it and grade again"):
+        files = page_files(study)  # what is written is what a reader of the page has, whichever way it came here
     return study_from_files(*(files[name] if name == PAGE_FILES[0] else json.loads(files[name]) for name in PAGE_FILES))
 
 

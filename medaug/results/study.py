@@ -83,14 +83,15 @@ def _compact(row: Row, shared: Mapping[str, Any]) -> dict[str, Any]:
     validation = None if row["validation"] is None else {"metrics": _scalars(row["validation"]["metrics"])}
     probs = np.rint(np.asarray(row["test"]["probs"], dtype=float) * MILLION).astype(int)
     test = {"metrics": _scalars(row["test"].get("stated") or row["test"]["metrics"]), "probs": probs.ravel().tolist()}
-    labels = {"amst": _relabelling(row["amst"])} if row.get("amst") else {}
+    labels = {"amst": found} if (found := _relabelling(row.get("amst") or {})) else {}
     return {**kept, **labels, "key": key, "validation": validation, "test": test}
 
 
 def _relabelling(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What AMST made of the labels of the seed images in its last round, see `medaug.training.pseudo_labels.label_report`."""
+    """What AMST made of the labels of the seed images in its last round, see `medaug.training.pseudo_labels.label_report`; empty for an
+    arm without synthetic images."""
     last = found["rounds"][-1] if "rounds" in found else found
-    return {name: last[name] for name in ("scored", "accepted", "relabelled", "confusion_all")}
+    return {name: last[name] for name in ("scored", "accepted", "relabelled", "confusion_all")} if "scored" in last else {}
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float | None]:
@@ -189,7 +190,7 @@ def check_rows(record: GradingRecord, rows: Sequence[Row]) -> None:
         probs = np.array(row["test"]["probs"])
         found = classification_metrics(target, probs, ordinal=record.data.ordinal)
         stated = row["test"].get("stated") or row["test"]["metrics"]
-        same &= all(_close(found[name], value) for name, value in _scalars(stated).items())
+        same &= all(name in found and _close(found[name], value) for name, value in _scalars(stated).items())
         if not same:
             raise DataError(
                 "row-changed",

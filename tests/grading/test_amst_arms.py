@@ -14,6 +14,7 @@ from medaug.grading import arms, benchmark, controls
 from medaug.grading.grade import grade
 from medaug.grading.notes import arm_notes
 from medaug.grading.recipe import grading_recipe
+from medaug.results.page import write_page
 from medaug.training.amst_recipe import AmstRecipe
 from medaug.training.teacher import Teacher
 from medaug.transforms.views import Views
@@ -117,6 +118,8 @@ def test_semi_supervised_arm_without_synthetic_images(tmp_path, make_cohort):
     result = grade(tmp_path / "real", tmp_path / "out", specs, "simple_cnn", 1, "tiny", overrides=QUICK, num_resamples=50)
     row = result["rows"][1]
     assert row["num_synthetic"] == 0 and row["amst"]["rounds"][0]["unlabelled"] == 12
+    write_page(tmp_path / "out", tmp_path / "page")
+    assert "What AMST did" not in (tmp_path / "page" / "README.md").read_text()  # there were no images to label
 
 
 def test_held_out_images_among_the_unlabelled_are_refused(tmp_path, make_cohort, make_synthetic):

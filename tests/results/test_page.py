@@ -389,7 +389,7 @@ def test_an_experiment_brings_its_question_and_what_the_gate_let_through(world: 
     assert text.startswith("# Where \\| noise goes\n\n**Asked.** Does &lt;it&gt; matter? Arms: none, oversample, drawn;")
     assert "    medaug experiment noise --cohort" in text and "| drawn | 27 | 12 | 0.750 |" in text
     assert "- **Not graded.** lost: none of 9 generated images was accepted." in text
-    unkept = "rounds: of 9 generated images the gate accepted 8, but no round of them helped a grader on validation."
+    unkept = "rounds: none of its images is used: 8 passed the gate, but no round of them helped a grader on validation."
     assert f"- **Not graded.** {unkept}" in text
     written = (tmp_path / "page" / "experiment.json").read_text()
     assert "secret" not in written and '"bundle": "mine"' in written
