@@ -59,7 +59,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def make(_: Any, row: Any, *__: Any) -> dict[str, Any]:
         seen["made"].append(row.name)
-        return {"generated": 2, "accepted": 2, "labelled": 0, "agreeing": 0}
+        return {"generated": 2, "accepted": 2, "labelled": 0, "agreeing": 0, "unkept": 0}
 
     def grade(cohort: Path, out: Path, specs: list[str], **options: Any) -> dict[str, Any]:
         seen.update(options, cohort=cohort, specs=specs)
