@@ -128,8 +128,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config-missing", f"The configuration {path.name} cannot be read.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("config-malformed", f"{path.name} is not UTF-8 text; save it again as UTF-8.") from error
+    except OSError as error:
+        raise ConfigError("config-missing", f"The configuration {path.name} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("config-malformed", f"{path.name} is not valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -89,9 +89,9 @@ def test_bad_yaml_is_refused(tmp_path: Path, text: str, code: str) -> None:
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "p.yaml").write_bytes(b"\xff\xfe\xff")
-    for name in ("p.yaml", "nowhere.yaml"):
-        with pytest.raises(ConfigError, match="config-"):
+    (tmp_path / "p.yaml").write_bytes("title: Größe".encode("latin-1"))
+    for name, words in (("p.yaml", "config-malformed.*p.yaml is not UTF-8"), ("nowhere.yaml", "config-missing.*No such file")):
+        with pytest.raises(ConfigError, match=words):
             read_yaml(tmp_path / name)
 
 

@@ -68,6 +68,22 @@ def test_missing_columns_and_sheets_name_what_there_is(tmp_path):
         read_cells(tmp_path / "t.xlsx", "second")
 
 
+@pytest.mark.parametrize(
+    ("header", "named", "words"),
+    [
+        ("file,label,label,class", {}, "2 columns .* look like the label.*--label-column"),
+        ("file,label,Patient ID,patient_id", {}, "2 columns .* look like the patient.*--patient-column"),
+        ("file,file,label,image", {}, "2 columns .* look like the key.*--key-column"),
+        ("file,label,label", {"label_column": "label"}, "there 2 times: give each a name of its own"),
+    ],
+)
+def test_of_two_columns_that_could_be_meant_none_is_taken(tmp_path, header, named, words):
+    table = tmp_path / "t.csv"
+    table.write_text(f"{header}\n0.png,1,1,0\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"column-missing.*{words}"):
+        read_rows(options(table, **named))
+
+
 @pytest.mark.parametrize("data", [b"PK\3\4broken", b"\x00\x01\x02\x00"])
 def test_broken_tables_are_refused(tmp_path, data):
     table = tmp_path / "labels.xlsx"
