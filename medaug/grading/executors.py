@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 import traceback
@@ -270,6 +271,8 @@ def run_ray(
 
 def _connect_ray(workers: int, address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray leaves a token of its own in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ImportError as error:
@@ -291,7 +294,9 @@ def _connect_ray(workers: int, address: str | None) -> Any:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise StorageError(
-            "ray-unreachable", f"The Ray cluster does not answer ({type(error).__name__}); check --ray-address."
+            "ray-unreachable",
+            f"The Ray cluster does not answer ({type(error).__name__}); check --ray-address, and RAY_AUTH_MODE and RAY_AUTH_TOKEN where it "
+            "asks for a token.",
         ) from error
     return ray
 

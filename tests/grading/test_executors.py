@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from executor_tasks import dies_once, fails, one_always_dies, square
+from orthanc import free_port
 from typer.testing import CliRunner
 
 from medaug.cli.options import app
@@ -124,6 +125,55 @@ from medaug.grading.executors import EXECUTORS
 if __name__ == "__main__":
     list(EXECUTORS["local"](partial(sleeps, sys.argv[1]), [0, 1], workers=2, advance=lambda number, steps: None))
 """
+
+
+RAY_DRIVER = """
+import sys
+from executor_tasks import square
+from medaug.errors import StorageError
+from medaug.grading.executors import EXECUTORS
+if __name__ == "__main__":
+    try:
+        done = EXECUTORS["ray"](square, [1, 4], workers=2, advance=lambda *_: None, ray_address=sys.argv[1] if sys.argv[1:] else None)
+        print({number: outcome[0] for number, outcome in sorted(done)})
+    except StorageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_ray_opens_to_a_token_alone_and_leaves_none_in_the_home_folder(tmp_path):
+    pytest.importorskip("ray")
+    script, home = tmp_path / "driver.py", tmp_path / "home"
+    script.write_text(RAY_DRIVER)
+    home.mkdir()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    clean |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+
+    def drive(*words, **variables):
+        return subprocess.run(
+            [sys.executable, str(script), *words], env=clean | variables, capture_output=True, text=True, timeout=300, check=True
+        ).stdout
+
+    assert drive() == "{1: 1, 4: 16}\n"
+    assert not list(home.rglob("*"))
+    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}  # as scripts/grade.slurm
+    port = free_port()
+    words = ["start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ray.scripts.scripts", *words],
+        env=clean | known,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as head:
+        try:
+            _until(lambda: drive(f"127.0.0.1:{port}", **known) == "{1: 1, 4: 16}\n", 120)
+            assert drive(f"127.0.0.1:{port}").startswith("[ray-unreachable]")
+            assert "RAY_AUTH_TOKEN" in drive(f"127.0.0.1:{port}", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="2" * 64)
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
