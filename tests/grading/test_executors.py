@@ -160,7 +160,15 @@ def test_ray_opens_to_a_token_alone_and_leaves_none_in_the_home_folder(tmp_path)
     assert not list(home.rglob("*"))
     known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}  # as scripts/grade.slurm
     port = free_port()
-    words = ["start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block"]
+    words = [
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        "--num-cpus=2",
+        "--include-dashboard=false",
+        "--block",
+    ]
     with subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", *words],
         env=clean | known,
