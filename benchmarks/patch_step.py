@@ -1,8 +1,8 @@
 """Cost of one training step of the guided DDPM by size of image and of patch: what does space-to-depth save at 64 px?
 
-Three networks of the same widths take whole training steps (draws, reference features, joint loss, backward, AdamW) in one process, in turns whose
-order rotates, so that what the machine does meanwhile hits all: 32 px with the profile's patch of cpu32, 64 px with that of cpu64, and 64 px with that
-of cpu32. The figures are medians of the ratios within a turn. Example:
+Three networks of the same widths take training steps (draws, reference features, joint loss, backward, AdamW; no clipping, average or data) on the same
+number of images in one process, in turns whose order rotates, so that what the machine does meanwhile hits all: 32 px with patches of 2, as cpu32 has
+them, 64 px with patches of 4, as cpu64 has them, and 64 px with patches of 2. The figures are medians of the ratios within a turn. Example:
 
     python benchmarks/patch_step.py --turns 30
 """
@@ -30,9 +30,9 @@ CLASSES = 4
 SIDES = {
     "small": (32, "cpu32"),
     "patched": (64, "cpu64"),
-    "plain": (64, "cpu32"),
+    "fine": (64, "cpu32"),
 }  # image size, profile whose patch the network has
-RATIOS = (("patched", "small"), ("plain", "small"), ("patched", "plain"))
+RATIOS = (("patched", "small"), ("fine", "small"), ("patched", "fine"))
 
 
 def make_step(image_size: int, profile: str, batch_size: int) -> tuple[Callable[[], None], dict[str, int]]:

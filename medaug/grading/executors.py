@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -271,8 +272,10 @@ def run_ray(
 
 def _connect_ray(workers: int, address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray leaves a token of its own in the home folder
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if address is None and "ray" not in sys.modules and not any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+            32
+        )  # else Ray leaves one in the home folder, where other clusters take it up
     try:
         import ray
     except ImportError as error:
@@ -292,11 +295,11 @@ def _connect_ray(workers: int, address: str | None) -> Any:
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
         raise StorageError(
             "ray-unreachable",
-            f"The Ray cluster does not answer ({type(error).__name__}); check --ray-address, and RAY_AUTH_MODE and RAY_AUTH_TOKEN where it "
-            "asks for a token.",
+            f"The Ray cluster does not answer ({type(error).__name__}); check --ray-address and, where it asks "
+            "for a token, RAY_AUTH_MODE with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.",
         ) from error
     return ray
 

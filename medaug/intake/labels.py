@@ -90,28 +90,30 @@ def _cell(line: Sequence[str], column: int | None) -> str:
 
 
 def _column(header: Sequence[str], wanted: str | None, usual: str | None, what: str) -> int | None:
-    """Index of a column: by its name, else the one with the first of the usual names that is there."""
+    """Index of a column: by its name, else the only one with a usual name, of which two of the same are refused."""
     if wanted is not None:
         hits = [index for index, name in enumerate(header) if name == wanted.strip()]
         hits = hits or [index for index, name in enumerate(header) if name.casefold() == wanted.strip().casefold()]
         if len(hits) != 1:
-            found = f"there {len(hits)} times: give each a name of its own" if hits else "not there"
+            found = f"there {len(hits)} times (write it exactly, or give each a name of its own)" if hits else "not there"
             raise ConfigError(
                 "column-missing",
                 f"The {what} column that was asked for is {found} in the label table. {describe_columns(header)}",
             )
         return hits[0]
     plain = [re.sub(r"[^a-z]", "", name.casefold()) for name in header]
-    name = next((name for name in USUAL_NAMES[usual] if name in plain), None) if usual else None
-    if name is None:
-        return None
-    if plain.count(name) > 1:
-        raise ConfigError(
-            "column-missing",
-            f"{plain.count(name)} columns of the label table look like the {what}; name one of them with --{what}-column. "
-            f"{describe_columns(header)}",
-        )
-    return plain.index(name)
+    for name in USUAL_NAMES[usual] if usual else ():
+        hits = [index for index, found in enumerate(plain) if found == name]
+        if len(hits) == 1:
+            return hits[0]
+        if hits and len({re.sub(r"[^a-z0-9]", "", header[index].casefold()) for index in hits}) == 1:  # not label_1 and label_2
+            same = len({header[index] for index in hits}) == 1
+            way_out = "give each a name of its own" if same else f"name one of them with --{what}-column, or rename one"
+            raise ConfigError(
+                "column-missing",
+                f"{len(hits)} columns of the label table are called the same and could be the {what}; {way_out}. {describe_columns(header)}",
+            )
+    return None
 
 
 def describe_columns(header: Sequence[str]) -> str:

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from executor_tasks import dies_once, fails, one_always_dies, square
-from orthanc import free_port
+from orthanc import free_port, wait_for_port
 from typer.testing import CliRunner
 
 from medaug.cli.options import app
@@ -158,6 +159,7 @@ def test_ray_opens_to_a_token_alone_and_leaves_none_in_the_home_folder(tmp_path)
 
     assert drive() == "{1: 1, 4: 16}\n"
     assert not list(home.rglob("*"))
+    assert drive(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(tmp_path / "nowhere")).startswith("[ray-unreachable]")
     known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64}  # as scripts/grade.slurm
     port = free_port()
     words = [
@@ -171,17 +173,23 @@ def test_ray_opens_to_a_token_alone_and_leaves_none_in_the_home_folder(tmp_path)
     ]
     with subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", *words],
-        env=clean | known,
+        env=clean | known | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as head:
         try:
-            _until(lambda: drive(f"127.0.0.1:{port}", **known) == "{1: 1, 4: 16}\n", 120)
-            assert drive(f"127.0.0.1:{port}").startswith("[ray-unreachable]")
-            assert "RAY_AUTH_TOKEN" in drive(f"127.0.0.1:{port}", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="2" * 64)
+            wait_for_port(port, head, 120)
+            for wrong in ({}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "2" * 64}):
+                assert drive(f"127.0.0.1:{port}", **wrong).startswith("[ray-unreachable]")
+            assert drive(f"127.0.0.1:{port}", **known) == "{1: 1, 4: 16}\n"
         finally:
             os.killpg(head.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                head.wait(30)
+            with suppress(ProcessLookupError):
+                os.killpg(head.pid, signal.SIGKILL)
+    _until(lambda: not _members(head.pid), 30)
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")

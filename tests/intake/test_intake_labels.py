@@ -71,17 +71,34 @@ def test_missing_columns_and_sheets_name_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("header", "named", "words"),
     [
-        ("file,label,label,class", {}, "2 columns .* look like the label.*--label-column"),
-        ("file,label,Patient ID,patient_id", {}, "2 columns .* look like the patient.*--patient-column"),
-        ("file,file,label,image", {}, "2 columns .* look like the key.*--key-column"),
-        ("file,label,label", {"label_column": "label"}, "there 2 times: give each a name of its own"),
+        ("file,label,label,class", {}, "2 columns .* could be the label; give each a name of its own"),
+        ("file,label,Patient ID,patient_id", {}, "2 columns .* could be the patient.*--patient-column, or rename one"),
+        ("File,file,label,image", {}, "2 columns .* could be the key.*--key-column"),
+        ("file,label,label", {"label_column": "label"}, "there 2 times"),
+        ("file,Label,label", {"label_column": "LABEL"}, "there 2 times .write it exactly"),
     ],
 )
-def test_of_two_columns_that_could_be_meant_none_is_taken(tmp_path, header, named, words):
+def test_of_two_columns_of_the_same_usual_name_none_is_taken(tmp_path, header, named, words):
     table = tmp_path / "t.csv"
     table.write_text(f"{header}\n0.png,1,1,0\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=f"column-missing.*{words}"):
         read_rows(options(table, **named))
+
+
+@pytest.mark.parametrize(
+    ("header", "key", "label", "patient"),
+    [
+        ("name,label_1,label_2,diagnosis", "a", "d", ""),  # numbered columns are others than the label
+        ("name,label,Patient_1,Patient_2", "a", "b", ""),
+        ("image1,image2,path,label", "c", "d", ""),
+        ("name,label,Patient ID,other", "a", "b", "c"),
+    ],
+)
+def test_columns_with_numbers_are_not_the_same(tmp_path, header, key, label, patient):
+    table = tmp_path / "t.csv"
+    table.write_text(f"{header}\na,b,c,d\n", encoding="utf-8")
+    (row,) = read_rows(options(table))
+    assert (row.key, row.label, row.patient) == (key, label, patient)
 
 
 @pytest.mark.parametrize("data", [b"PK\3\4broken", b"\x00\x01\x02\x00"])
