@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from medaug.cohort import Cohort
@@ -76,6 +77,24 @@ def make_ruler(cohort: Cohort, num_steps: int, subset_size: int, seed: int) -> R
         "kid_of_real_training": floor["kid"],
     }
     return Ruler(extractor, ruler.test, subset_size, facts)
+
+
+def against_reference(rows: Mapping[str, Mapping[str, Any]], reference: str, num_seeds: int) -> dict[str, Any]:
+    """How far the KID of each row lies above that of the reference, and the margin that the luck of seeds allows; None with a single seed.
+
+    Args:
+        rows: name -> its `kid`, the mean over the seeds, and `kid_std_seeds`, their standard deviation, which is pooled over the rows.
+    """
+    margin = None
+    if num_seeds > 1:
+        pooled = float(np.mean([row["kid_std_seeds"] ** 2 for row in rows.values()]))
+        margin = float(student.ppf(0.975, len(rows) * (num_seeds - 1)) * (2 * pooled / num_seeds) ** 0.5)
+    result: dict[str, Any] = {"margin": margin}
+    for name in [name for name in rows if name != reference]:
+        difference = rows[name]["kid"] - rows[reference]["kid"]
+        within = None if margin is None else bool(difference <= margin)
+        result[name] = {"difference": difference, "within_noise": within}
+    return result
 
 
 def training_counts(cohort: Cohort, num_images: int) -> list[int]:

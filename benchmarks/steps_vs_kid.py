@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rows import command_of, environment, make_parser, open_work, settings_of
-from ruler import Ruler, guided_samples, make_ruler, write_sheet
-from scipy.stats import t as student
+from ruler import Ruler, against_reference, guided_samples, make_ruler, write_sheet
 
 from medaug.cohort import Cohort, read_cohort
 from medaug.generation.generate import check_run
@@ -60,20 +59,10 @@ def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def compare(rows: Mapping[str, Mapping[str, Any]], reference: str, num_seeds: int) -> dict[str, Any]:
-    """Difference of every sampler to the reference and the margin that sampling noise allows; None with a single seed."""
-    margin = None
-    if num_seeds > 1:
-        pooled = float(np.mean([row["kid_std_seeds"] ** 2 for row in rows.values()]))
-        margin = float(student.ppf(0.975, len(rows) * (num_seeds - 1)) * (2 * pooled / num_seeds) ** 0.5)
-    result: dict[str, Any] = {"margin": margin}
-    for name, row in rows.items():
-        if name != reference:
-            difference = row["kid"] - rows[reference]["kid"]
-            result[name] = {
-                "difference": difference,
-                "within_noise": None if margin is None else bool(difference <= margin),
-                "times_faster": rows[reference]["seconds"] / row["seconds"],
-            }
+    """`against_reference`, and how many times faster than the reference every sampler is."""
+    result = against_reference(rows, reference, num_seeds)
+    for name in rows.keys() - {reference}:
+        result[name]["times_faster"] = rows[reference]["seconds"] / rows[name]["seconds"]
     return result
 
 
