@@ -14,6 +14,7 @@ from typing import Any
 from medaug import storage
 from medaug.cohort import read_cohort
 from medaug.generation.plan import quotas
+from medaug.grading.options import GradingOptions
 from medaug.quality.gate import GateResult
 from medaug.sessions import Sessions
 from medaug.stages import gate_synthetic, grade_arms, take_in
@@ -169,9 +170,7 @@ class _Job:
             self.cohort_dir,
             self.out / "benchmark",
             [*ARMS, f"{name}={self.out / 'accepted'}"],
-            networks=self.settings["networks"],
-            seeds=self.settings["seeds"],
-            profile=self.settings["grading_profile"],
+            GradingOptions(self.settings["networks"], self.settings["seeds"], self.settings["grading_profile"]),
             command=self.command,
             tracking=self.tracking,
         )

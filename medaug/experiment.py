@@ -25,6 +25,7 @@ from medaug.experiment_checks import check_experiment
 from medaug.experiment_file import Experiment, ExperimentRow, read_experiment
 from medaug.feedback import run_feedback
 from medaug.generation.calibration import RESULT_FILE
+from medaug.grading.options import GradingOptions
 from medaug.grading.presets import ALL_REAL
 from medaug.grading.verdict import BASELINE
 from medaug.intake.section import publishable, section_options
@@ -92,12 +93,11 @@ def run_experiment(
             cohort,
             out / "benchmark",
             specs,
-            sources=sources,
+            GradingOptions(**experiment.grading, sources=sources),
             command=head["command"],
             executor=executor,
             workers=workers,
             tracking=tracking,
-            **experiment.grading,
         )
         table = table_lines(result["rows"], result["verdict"], facts)
         if experiment.cells:

@@ -13,6 +13,7 @@ from medaug.grading.arms import images_of
 from medaug.grading.classic_copies import COPIES
 from medaug.grading.image_sets import at_place, own_seeds
 from medaug.grading.mixing import ALLOCATIONS, check_fraction
+from medaug.grading.options import ALL_NETWORKS, GradingOptions
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.variants import amounts
 from medaug.kinds import WHOLE
@@ -35,16 +36,15 @@ def check_experiment(experiment: Experiment) -> None:
     """
     for row in experiment.rows:
         _check_row(row, experiment.profile)
-    grading = experiment.grading
-    networks = names.split(",") if isinstance(names := grading["networks"], str) else list(names)
-    networks = [name.strip() for name in networks]
+    grading, options = experiment.grading, GradingOptions(**experiment.grading)
+    networks, seeds = options.listed_networks, options.listed_seeds
     _check_distinct("networks", networks)
-    _check_distinct("seeds", seeds := _listed(grading["seeds"]))
-    if isinstance(grading["seeds"], int) and grading["seeds"] < 1 or min(seeds) < 0:
+    _check_distinct("seeds", seeds)
+    if not seeds or min(seeds) < 0:
         raise ConfigError(
             "config-value", f"seeds of the grading settings are how many, at least 1, or which; got {grading['seeds']}."
         )
-    for name in NETWORKS if names == "all" else networks:
+    for name in NETWORKS if options.networks == ALL_NETWORKS else networks:
         check_network(name)
         grading_recipe(grading["profile"], name, grading.get("overrides"))
     if (allocation := grading.get("allocation", ALLOCATIONS[0])) not in ALLOCATIONS:
@@ -95,10 +95,6 @@ def _check_folder(arm: str, named: Collection[str]) -> None:
             read_cohort(Path(folder))
         except DataError as error:
             raise DataError(error.code, f"Arm {arm.partition('=')[0]}: {error.message}") from error
-
-
-def _listed(value: object) -> list:  # type: ignore[type-arg]
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _check_distinct(what: str, values: Iterable[object]) -> None:

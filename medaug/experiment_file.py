@@ -114,7 +114,7 @@ class Experiment:
         intake: how the cohort is made, see `medaug.intake.section`; None if the file does not say.
         arms: real-only arms beside them; `none` is always there.
         profile: overlay for all bundles.
-        grading: keyword arguments of `medaug.stages.grade_arms`, those of `GRADING_KINDS`.
+        grading: fields of `GradingOptions`, those of `GRADING_KINDS`.
         cells: mixtures of real images and the rows' images; where there are any, the rows are no arms of their own.
         generator_per_seed: every seed of the graders trains on images of a generator of its own, so that the verdict is about the
             method and not about one set of images.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ from medaug.progress import progress
 from medaug.tracking import track
 
 if TYPE_CHECKING:
+    from medaug.grading.options import GradingOptions
     from medaug.intake.records import IntakeOptions, IntakeResult
     from medaug.quality.gate import GateResult
     from medaug.quality.gate_config import CheckSpec
     from medaug.training.classifier import ClassifierRecipe
 
 LABEL_NETWORK = "simple_cnn"
+TRACKED_OPTIONS = ("seeds", "profile", "synthetic_per_real", "real_fraction", "allocation")  # parameters of a grading in MLflow
 # Rare classes count as much; shifts keep it from learning single images by heart.
 AS_A_FILTER = {"policy": "weak", "class_balanced": True}
 
@@ -170,19 +172,9 @@ def grade_arms(
     cohort: Path,
     out: Path,
     arms: Sequence[str],
+    options: GradingOptions,
     *,
-    networks: str | Sequence[str] = "simple_cnn,resnet18",
-    seeds: int = 3,
-    profile: str = "cpu32",
     command: str = "",
-    synthetic_per_real: float | Sequence[float] | None = None,
-    allocation: str = "as_generated",
-    amst: Mapping[str, Any] | None = None,
-    real_fraction: float | Sequence[float] = 1.0,
-    sources: Sequence[str] = (),
-    allow_untrusted: bool = False,
-    overrides: Mapping[str, Any] | None = None,
-    pretrained: Mapping[str, Path] | None = None,
     executor: str = "local",
     workers: int | None = None,
     ray_address: str | None = None,
@@ -195,27 +187,10 @@ def grade_arms(
     from medaug.grading.command import grade_command
     from medaug.grading.grade import grade
 
-    listed = [name.strip() for name in networks.split(",")] if isinstance(networks, str) else list(networks)
-    names = "all" if networks == "all" else listed
-    command = command or grade_command(
-        arms,
-        sources=sources,
-        networks=listed,
-        seeds=seeds,
-        profile=profile,
-        synthetic_per_real=synthetic_per_real,
-        allocation=allocation,
-        real_fraction=real_fraction,
-        allow_untrusted=allow_untrusted,
-        overrides=overrides,
-        pretrained=pretrained,
-    )
     real = read_cohort(cohort)
-    settings: dict[str, Any] = {"networks": names, "seeds": seeds, "profile": profile, "synthetic_per_real": synthetic_per_real}
-    settings |= {"real_fraction": real_fraction, "allocation": allocation}
-    same_work: list[Any] = [str(Path(out).resolve()), real.content_sha256, list(arms), list(sources), settings]
-    same_work += [dict(overrides or {}), dict(amst or {}), {key: str(path) for key, path in (pretrained or {}).items()}]
-    name = f"grading {storage.sha256_json([names, seeds, profile])[:8]}"
+    settings = {key: getattr(options, key) for key in TRACKED_OPTIONS} | {"networks": options.listed_networks}
+    same_work = [str(Path(out).resolve()), real.content_sha256, list(arms), asdict(options), settings]
+    name = f"grading {storage.sha256_json([settings[key] for key in ('networks', 'seeds', 'profile')])[:8]}"
     where = dict(tracking or {"enabled": False})
     with track("grading", name=name, same_work=storage.sha256_json(same_work), **where) as run:
         run.log_params({"arms": [arm.split("=")[0] for arm in arms], **settings})
@@ -224,22 +199,12 @@ def grade_arms(
             cohort,
             out,
             arms,
-            names,
-            seeds,
-            profile,
-            synthetic_per_real=synthetic_per_real,
-            allocation=allocation,
-            amst=amst,
-            real_fraction=real_fraction,
-            sources=sources,
-            allow_untrusted=allow_untrusted,
-            overrides=overrides,
-            pretrained=pretrained,
+            options,
             executor=executor,
             workers=workers,
             ray_address=ray_address,
             progress=True,
-            command=command,
+            command=command or grade_command(arms, options),
             tracking=run,
         )
         _log_grading(run, result, Path(out))

@@ -16,6 +16,7 @@ from medaug import experiment, storage
 from medaug.cohort import Cohort, read_cohort
 from medaug.errors import ConfigError, StorageError
 from medaug.grading.cells_figure import cells_figure, cells_png
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import grading_recipe
 from medaug.intake import build
 from medaug.io.raster import write_unit_png
@@ -61,8 +62,8 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["made"].append(row.name)
         return {"generated": 2, "accepted": 2, "labelled": 0, "agreeing": 0, "unkept": 0}
 
-    def grade(cohort: Path, out: Path, specs: list[str], **options: Any) -> dict[str, Any]:
-        seen.update(options, cohort=cohort, specs=specs)
+    def grade(cohort: Path, out: Path, specs: list[str], options: GradingOptions, **place: Any) -> dict[str, Any]:
+        seen.update(place, cohort=cohort, specs=specs, options=options)
         return {"rows": [{"arm": "none", "balanced_accuracy": 0.5}], "verdict": {}}
 
     monkeypatch.setattr(experiment, "_make", make)
@@ -115,8 +116,8 @@ def test_what_the_file_freezes_reaches_the_grading_and_the_machine_stays_outside
     frozen = {"synthetic_per_real": [1, 2], "allocation": "balance", "real_fraction": 0.5, "overrides": {"batch_size": 8}}
     file = write(tmp_path, shared=SHARED, rows=rows, grading={**frozen, "networks": "all"})
     experiment.run_experiment(file, tmp_path / "cohort", tmp_path / "out", executor="ray", workers=3)
-    assert {name: seen[name] for name in frozen} == frozen
-    assert (seen["networks"], seen["executor"], seen["workers"]) == ("all", "ray", 3)
+    assert {name: getattr(seen["options"], name) for name in frozen} == frozen
+    assert (seen["options"].networks, seen["executor"], seen["workers"]) == ("all", "ray", 3)
     assert seen["made"] == ["still", "shaken"]
     assert seen["specs"][-1] == f"shaken+amst={tmp_path / 'out' / 'accepted' / 'shaken'}:amst"
 

@@ -247,22 +247,26 @@ def grade(
 
     Example: medaug grade --cohort runs/cohort --out runs/bench --arm none --arm oversample --arm guided_ddpm=runs/accepted
     """
+    from medaug.grading.options import GradingOptions
     from medaug.stages import grade_arms
 
+    options = GradingOptions(
+        networks,
+        seeds,
+        profile,
+        overrides={"head": head, "precision": precision},
+        synthetic_per_real=None if per_real is None else amounts(per_real, "--per-real"),
+        allocation=allocation,
+        real_fraction=amounts(real_fraction, "--real-fraction"),
+        sources=source or [],
+        allow_untrusted=allow_untrusted,
+        pretrained={name: Path(path) for name, path in named(pretrained or [], "--pretrained").items()},
+    )
     result = grade_arms(
         cohort,
         out,
         arm,
-        networks=networks,
-        seeds=seeds,
-        profile=profile,
-        synthetic_per_real=None if per_real is None else amounts(per_real, "--per-real"),
-        allocation=allocation,
-        sources=source or [],
-        real_fraction=amounts(real_fraction, "--real-fraction"),
-        allow_untrusted=allow_untrusted,
-        overrides={"head": head, "precision": precision},
-        pretrained={name: Path(path) for name, path in named(pretrained or [], "--pretrained").items()},
+        options,
         executor=executor,
         workers=workers,
         ray_address=ray_address,

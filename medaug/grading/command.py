@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from medaug.grading.arm_terms import NO_REAL, is_mixed, split_term
 from medaug.grading.classic_copies import COPIES
 from medaug.grading.image_sets import SEED
 from medaug.grading.mixing import REAL
+from medaug.grading.options import GradingOptions
 
 _QUOTED = re.compile(r"[^A-Za-z0-9_.,=+@/-]")  # what a shell may read as something else
 _RECIPE_OPTIONS = {"head": "linear", "precision": "float32"}  # fields of a recipe that the command line changes
@@ -18,38 +17,25 @@ _RECIPE_OPTIONS = {"head": "linear", "precision": "float32"}  # fields of a reci
 __all__ = ["grade_command"]
 
 
-def grade_command(
-    arms: Sequence[str],
-    *,
-    sources: Sequence[str] = (),
-    networks: Sequence[str],
-    seeds: int,
-    profile: str,
-    synthetic_per_real: float | Sequence[float] | None = None,
-    allocation: str = "as_generated",
-    real_fraction: float | Sequence[float] = 1.0,
-    allow_untrusted: bool = False,
-    overrides: Mapping[str, Any] | None = None,
-    pretrained: Mapping[str, Path] | None = None,
-) -> str:
-    """`medaug grade` with these options; arguments as for `medaug.stages.grade_arms`."""
-    names = {text.partition("=")[0] for text in sources}
+def grade_command(arms: Sequence[str], options: GradingOptions) -> str:
+    """`medaug grade` with these arms and options."""
+    names = {text.partition("=")[0] for text in options.sources}
     parts = ['medaug grade --cohort "$COHORT" --out "$OUT"']
     parts += [f"--arm {_quoted(_public(text, names))}" for text in arms]
-    parts += [f"--source {_quoted(_public(text, set()))}" for text in sources]
-    parts.append(f"--networks {','.join(networks)} --seeds {seeds} --profile {profile}")
-    if synthetic_per_real is not None:
-        parts.append(f"--per-real {_listed(synthetic_per_real)}")
-    if allocation != "as_generated":
-        parts.append(f"--allocation {allocation}")
-    if _listed(real_fraction) != "1":
-        parts.append(f"--real-fraction {_listed(real_fraction)}")
-    if allow_untrusted:
+    parts += [f"--source {_quoted(_public(text, set()))}" for text in options.sources]
+    parts.append(f"--networks {','.join(options.listed_networks)} --seeds {options.seeds} --profile {options.profile}")
+    if options.synthetic_per_real is not None:
+        parts.append(f"--per-real {_listed(options.synthetic_per_real)}")
+    if options.allocation != "as_generated":
+        parts.append(f"--allocation {options.allocation}")
+    if _listed(options.real_fraction) != "1":
+        parts.append(f"--real-fraction {_listed(options.real_fraction)}")
+    if options.allow_untrusted:
         parts.append("--allow-untrusted")
     for name, usual in _RECIPE_OPTIONS.items():
-        if (value := (overrides or {}).get(name, usual)) != usual:
+        if (value := (options.overrides or {}).get(name, usual)) != usual:
             parts.append(f"--{name} {value}")
-    parts += [f'--pretrained "{name}=${_variable(name)}_WEIGHTS"' for name in pretrained or {}]
+    parts += [f'--pretrained "{name}=${_variable(name)}_WEIGHTS"' for name in options.pretrained or {}]
     return " ".join(parts)
 
 

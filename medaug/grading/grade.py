@@ -18,6 +18,7 @@ from medaug.grading.graded_data import graded_data
 from medaug.grading.image_sets import at_place, image_sets, join_sets, own_seeds
 from medaug.grading.judgement import judged_rows, verdict_and_points
 from medaug.grading.notes import arm_notes, data_notes, pretrained_notes, run_notes
+from medaug.grading.options import ALL_NETWORKS, GradingOptions
 from medaug.grading.presets import named_sources
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.record import GradingRecord, RecordKeeper, acceptance_of
@@ -29,29 +30,19 @@ from medaug.networks.grading import NETWORKS, build_network
 from medaug.training.classifier import seeded
 from medaug.training.steps import check_precision
 
-DEFAULT_NETWORKS = ("simple_cnn", "resnet18")
+DEFAULTS = GradingOptions()
 VERDICT_NAME = "verdict.json"
 COPIES_FOLDER = "copies"
 
-__all__ = ["DEFAULT_NETWORKS", "grade"]
+__all__ = ["grade"]
 
 
 def grade(
     cohort_dir: Path,
     out: Path,
     arm_specs: Sequence[str],
-    networks: Sequence[str] | str = DEFAULT_NETWORKS,
-    seeds: int | Sequence[int] = 3,
-    profile: str = "cpu32",
+    options: GradingOptions = DEFAULTS,
     *,
-    overrides: Mapping[str, Any] | None = None,
-    synthetic_per_real: float | Sequence[float] | None = None,
-    allocation: str = "as_generated",
-    allow_untrusted: bool = False,
-    amst: Mapping[str, Any] | None = None,
-    real_fraction: float | Sequence[float] = 1.0,
-    sources: Sequence[str] = (),
-    pretrained: Mapping[str, Path] | None = None,
     executor: str = "local",
     workers: int | None = None,
     ray_address: str | None = None,
@@ -69,17 +60,7 @@ def grade(
             "NAME=FOLDER:amst" to train on them by AMST, with its control "weak_view" added; "NAME=FOLDER + FOLDER" to mix
             several, with options; a cell of `PRESETS` such as "orig50+syn1_50"; see `parse_arm`. ``{seed}`` in a folder gives every
             seed images of its own, see `medaug.grading.image_sets`.
-        networks: names, or "all" for the ten and simple_cnn; any further model of timm by its name.
-        seeds: how many, or which.
-        profile: a key of `GRADING_PROFILES`; `overrides` change its recipes for every arm alike.
-        synthetic_per_real, allocation: how many synthetic images per real one, and of which classes; None takes all. Of several
-            ratios one is chosen on validation, see `medaug.grading.variants`.
-        allow_untrusted: accept images whose maker's training data are unknown; the verdict says so.
-        amst: fields of `AmstRecipe` to change, for all arms that train by it.
-        real_fraction: of the real training images that every arm keeps which does not say its own, `none` too. Of several the
-            verdict is that of the largest.
-        sources: "NAME=FOLDER" of synthetic images that cells and mixed arms call by their name; ``{seed}`` likewise.
-        pretrained: network -> safetensors file that its weights but the head's come from; the report says so.
+        options: networks, seeds, recipe and amounts, the same for every arm.
         executor, workers, ray_address: where cells are computed, see `medaug.grading.executors`; the rows do not depend on it.
         command: what the report says it was made with; no personal paths.
         tracking: a run that takes `log_child`.
@@ -97,13 +78,12 @@ def grade(
     if (out / FILE_NAME).is_file():
         raise ConfigError("out-is-input", f"{out.name} holds a cohort; choose another --out for the results.")
     cohort = read_cohort(Path(cohort_dir), verify=True)
-    names = list(NETWORKS) if networks == "all" else [networks] if isinstance(networks, str) else list(networks)
-    which = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    options = {"allocation": allocation, "allow_untrusted": allow_untrusted, "amst": amst}
-    arms = _read_arms(arm_specs, sources, which, cohort, out / COPIES_FOLDER, synthetic_per_real, real_fraction, options)
-    check_precision(str((overrides or {}).get("precision", "float32")), device)
-    weights = _checked_weights(pretrained, names)
-    recipes = {name: grading_recipe(profile, name, overrides, pretrained=name in weights) for name in names}
+    asked, which = options.listed_networks, options.listed_seeds
+    names = list(NETWORKS) if options.networks == ALL_NETWORKS else asked
+    arms = _read_arms(arm_specs, options, cohort, out / COPIES_FOLDER)
+    check_precision(str((options.overrides or {}).get("precision", "float32")), device)
+    weights = _checked_weights(options.pretrained, names)
+    recipes = {name: grading_recipe(options.profile, name, options.overrides, pretrained=name in weights) for name in names}
     unfit = _unfit_networks(names, cohort, weights, arms, which)
     fit = [name for name in names if name not in {row["network"] for row in unfit}]
     known = [*data_notes(cohort), *arm_notes(cohort, arms), *pretrained_notes(weights)]
@@ -116,7 +96,7 @@ def grade(
         acceptance=acceptance_of(arms, cohort),
         image_sets=image_sets(arms),
         command=command,
-        profile=profile,
+        profile=options.profile,
         num_resamples=num_resamples,
     )
     failed = list(unfit)
@@ -147,30 +127,23 @@ def grade(
     return {"rows": [summary_of(row) for row in graded], "verdict": verdict, "failed": failed}
 
 
-def _read_arms(
-    specs: Sequence[str],
-    sources: Sequence[str],
-    seeds: Sequence[int],
-    cohort: Cohort,
-    copies: Path,
-    synthetic_per_real: float | Sequence[float] | None,
-    real_fraction: float | Sequence[float],
-    options: Mapping[str, Any],
-) -> list[Arm]:
+def _read_arms(specs: Sequence[str], options: GradingOptions, cohort: Cohort, copies: Path) -> list[Arm]:
     """The arms of a comparison, each at every ratio and fraction and with the images of every seed; see `grade` and `parse_arm`.
 
     Raises:
         ConfigError: `baseline-missing`, and see `parse_arm` and `check_choosable`.
     """
-    own = own_seeds([*specs, *sources], seeds)
-    given = {seed: [at_place(text, seed) for text in sources] for seed in own}
+    own = own_seeds([*specs, *options.sources], options.listed_seeds)
+    given = {seed: [at_place(text, seed) for text in options.sources] for seed in own}
     cohorts = {seed: named_sources(given[seed], _asked_for(specs), cohort, copies) for seed in own}
+    shared = {"allocation": options.allocation, "allow_untrusted": options.allow_untrusted, "amst": options.amst}
 
     def read(ratio: float | None, fraction: float) -> list[Arm]:
-        chosen: dict[str, Any] = {**options, "synthetic_per_real": ratio, "real_fraction": fraction}
+        chosen: dict[str, Any] = {**shared, "synthetic_per_real": ratio, "real_fraction": fraction}
         return join_sets(lambda seed: [parse_arm(at_place(spec, seed), named=cohorts[seed], **chosen) for spec in specs], own)
 
-    arms = spread_arms(read, amounts(synthetic_per_real, "--per-real"), amounts(real_fraction, "--real-fraction"), cohort)
+    ratios, fractions = amounts(options.synthetic_per_real, "--per-real"), amounts(options.real_fraction, "--real-fraction")
+    arms = spread_arms(read, ratios, fractions, cohort)
     if BASELINE not in [arm.base for arm in arms]:
         raise ConfigError("baseline-missing", f"A verdict compares with the arm `{BASELINE}`; add --arm {BASELINE}.")
     check_choosable(arms, cohort)

@@ -30,6 +30,7 @@ def synthetic_copy(real: Cohort, root: Path) -> Cohort:
 @pytest.mark.integration
 def test_records_of_the_stages_are_read(make_cohort: Callable[..., Cohort], tmp_path: Path) -> None:
     from medaug.grading.grade import grade
+    from medaug.grading.options import GradingOptions
     from medaug.quality.gate import run_gate
     from medaug.training.run_folder import new_record
 
@@ -37,7 +38,9 @@ def test_records_of_the_stages_are_read(make_cohort: Callable[..., Cohort], tmp_
     made = synthetic_copy(real, tmp_path / "synthetic")
     run_gate(tmp_path / "synthetic", tmp_path / "cohort", tmp_path / "accepted", checks=["usable"])
     arms = ["none", f"drawn={tmp_path / 'accepted'}"]
-    result = grade(tmp_path / "cohort", tmp_path / "bench", arms, "simple_cnn", 2, "tiny", num_resamples=100, workers=1)
+    result = grade(
+        tmp_path / "cohort", tmp_path / "bench", arms, GradingOptions("simple_cnn", 2, "tiny"), num_resamples=100, workers=1
+    )
     record = replace(new_record("drawn", real, {"training": {"batch_size": 4}}, seed=0), weights_sha256="a" * 64, iterations=5)
     storage.write_json(tmp_path / "run" / "run.json", asdict(record))
     write_evidence(

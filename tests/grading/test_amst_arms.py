@@ -13,6 +13,7 @@ from medaug.errors import ConfigError, DataError, LeakageError
 from medaug.grading import arms, benchmark, controls
 from medaug.grading.grade import grade
 from medaug.grading.notes import arm_notes
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import grading_recipe
 from medaug.results.page import write_page
 from medaug.training.amst_recipe import AmstRecipe
@@ -79,9 +80,13 @@ def test_benchmark_trains_amst_arms_in_as_many_steps_and_resumes(tmp_path, make_
 
     def run(rows):
         return grade(
-            tmp_path / "real", tmp_path / "out", specs, "simple_cnn", 1, "tiny", overrides=QUICK, amst={"quantile": 0.5},
-            num_resamples=50, on_row=rows.append,
-        )  # fmt: skip
+            tmp_path / "real",
+            tmp_path / "out",
+            specs,
+            GradingOptions("simple_cnn", 1, "tiny", QUICK, amst={"quantile": 0.5}),
+            num_resamples=50,
+            on_row=rows.append,
+        )
 
     rows = []
     result = run(rows)
@@ -115,7 +120,8 @@ def test_semi_supervised_arm_without_synthetic_images(tmp_path, make_cohort):
     make_cohort(tmp_path / "real")
     unlabelled_cohort(make_cohort, tmp_path / "rest")
     specs = ["none", f"semi=:amst:{tmp_path / 'rest'}"]
-    result = grade(tmp_path / "real", tmp_path / "out", specs, "simple_cnn", 1, "tiny", overrides=QUICK, num_resamples=50)
+    options = GradingOptions("simple_cnn", 1, "tiny", QUICK)
+    result = grade(tmp_path / "real", tmp_path / "out", specs, options, num_resamples=50)
     row = result["rows"][1]
     assert row["num_synthetic"] == 0 and row["amst"]["rounds"][0]["unlabelled"] == 12
     write_page(tmp_path / "out", tmp_path / "page")

@@ -12,6 +12,7 @@ from medaug.grading import benchmark
 from medaug.grading.arms import Arm, check_arm
 from medaug.grading.grade import grade
 from medaug.grading.notes import arm_notes
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import GRADING_PROFILES, grading_recipe
 
 QUICK = {"num_steps": 40, "batch_size": 16, "evaluate_every": 20, "learning_rate": 5e-3}
@@ -38,10 +39,7 @@ def test_planted_effects_resume_and_report(planted):
             planted / "real",
             planted / "out",
             arms,
-            "simple_cnn",
-            3,
-            "tiny",
-            overrides=QUICK,
+            GradingOptions("simple_cnn", 3, "tiny", QUICK),
             num_resamples=500,
             on_row=seen.append,
             command="medaug grade",
@@ -110,7 +108,7 @@ def test_an_arm_that_saw_a_test_group_stops_before_training(tmp_path, make_cohor
     real = make_cohort(tmp_path / "real")
     make_synthetic(real, tmp_path / "leaked", [1, 1, 1], fit_groups=sorted(real.groups("training") | real.groups("test")))
     with pytest.raises(LeakageError, match="fit-on-held-out") as caught:
-        grade(tmp_path / "real", tmp_path / "out", ["none", f"x={tmp_path / 'leaked'}"], "simple_cnn", 1, "tiny")
+        grade(tmp_path / "real", tmp_path / "out", ["none", f"x={tmp_path / 'leaked'}"], GradingOptions("simple_cnn", 1, "tiny"))
     assert caught.value.exit_code == 4
     assert not list(tmp_path.glob("out/rows/*"))
 
@@ -136,10 +134,7 @@ def test_ordinal_cohort_is_judged_by_kappa_and_the_leak_is_repeated(tmp_path, ma
         tmp_path / "real",
         tmp_path / "out",
         ["none", "crop_rotate"],
-        ["simple_cnn"],
-        [5],
-        "tiny",
-        overrides={"num_steps": 4},
+        GradingOptions(["simple_cnn"], [5], "tiny", {"num_steps": 4}),
         num_resamples=50,
     )
     assert result["verdict"]["crop_rotate"]["metric"] == "quadratic_kappa"
@@ -152,15 +147,15 @@ def test_refusals(tmp_path, make_cohort):
     cohort = make_cohort(tmp_path / "real")
     common = (tmp_path / "real", tmp_path / "out")
     with pytest.raises(ConfigError, match="--arm none"):
-        grade(*common, ["oversample"], "simple_cnn", 1, "tiny")
+        grade(*common, ["oversample"], GradingOptions("simple_cnn", 1, "tiny"))
     with pytest.raises(ConfigError, match="network-unknown"):
-        grade(*common, ["none"], "simple_cmm", 1, "tiny")
+        grade(*common, ["none"], GradingOptions("simple_cmm", 1, "tiny"))
     with pytest.raises(ConfigError, match="tiny, quickstart"):
-        grade(*common, ["none"], "simple_cnn", 1, "huge")
+        grade(*common, ["none"], GradingOptions("simple_cnn", 1, "huge"))
     with pytest.raises(ConfigError, match="recipe-unknown-key"):
-        grade(*common, ["none"], "simple_cnn", 1, "tiny", overrides={"epochs": 3})
+        grade(*common, ["none"], GradingOptions("simple_cnn", 1, "tiny", {"epochs": 3}))
     with pytest.raises(ConfigError, match="cells-invalid"):
-        grade(*common, ["none"], "simple_cnn", 0, "tiny")
+        grade(*common, ["none"], GradingOptions("simple_cnn", 0, "tiny"))
     with pytest.raises(DataError, match="split-empty"):
         benchmark.plan_cells(cohort.with_cases(test=()), [benchmark.Arm("none")], ["a"], [0], {"a": grading_recipe("tiny", "a")})
 

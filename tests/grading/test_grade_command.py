@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from medaug.grading.command import grade_command
+from medaug.grading.options import GradingOptions
 
-COMMON = {"networks": ["all"], "seeds": 3, "profile": "cpu32"}
+COMMON = GradingOptions("all", 3, "cpu32")
 
 
 @pytest.mark.parametrize(
@@ -23,18 +27,19 @@ COMMON = {"networks": ["all"], "seeds": 3, "profile": "cpu32"}
     ],
 )
 def test_folders_of_arms_are_variables(arm, shown):
-    text = grade_command([arm], sources=["syn=secret/place"], **COMMON)
+    text = grade_command([arm], replace(COMMON, sources=["syn=secret/place"]))
     assert f" {shown} " in text and "secret" not in text
     assert '--source "syn=$SYN"' in text and text.endswith("--networks all --seeds 3 --profile cpu32")
 
 
 def test_options_are_shown_where_they_are_not_the_default():
-    text = grade_command(
-        ["none"], **COMMON, synthetic_per_real=[0.5, 2.0], allocation="balance", real_fraction=[0.25, 1], allow_untrusted=True,
-        overrides={"head": "coral", "precision": "bfloat16"}, pretrained={"resnet18": "secret/file"},
+    options = replace(
+        COMMON, synthetic_per_real=[0.5, 2.0], allocation="balance", real_fraction=[0.25, 1], allow_untrusted=True,
+        overrides={"head": "coral", "precision": "bfloat16"}, pretrained={"resnet18": Path("secret/file")},
     )  # fmt: skip
+    text = grade_command(["none"], options)
     assert (
         "--per-real 0.5,2 --allocation balance --real-fraction 0.25,1 --allow-untrusted --head coral --precision bfloat16" in text
     )
     assert text.endswith('--pretrained "resnet18=$RESNET18_WEIGHTS"')
-    assert "--real-fraction" not in grade_command(["none"], **COMMON, real_fraction=1.0)
+    assert "--real-fraction" not in grade_command(["none"], replace(COMMON, real_fraction=1.0))

@@ -9,6 +9,7 @@ from medaug.errors import ConfigError
 from medaug.grading.arms import Arm, parse_arm
 from medaug.grading.benchmark import plan_cells
 from medaug.grading.grade import grade
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import GRADING_PROFILES, grading_recipe
 from medaug.networks.grading import build_network
 from medaug.networks.weights import save_weights
@@ -17,17 +18,13 @@ from medaug.training.amst_recipe import amst_recipe
 QUICK = {"num_steps": 3, "evaluate_every": 3}
 
 
-def run(folder, networks, arms=("none",), **options):
+def run(folder, networks, arms=("none",), recipe=None, pretrained=None):
     return grade(
         folder / "real",
         folder / "out",
         arms,
-        networks,
-        1,
-        "tiny",
+        GradingOptions(networks, 1, "tiny", overrides=QUICK | (recipe or {}), pretrained=pretrained),
         num_resamples=20,
-        overrides=QUICK | options.pop("recipe", {}),
-        **options,
     )
 
 
@@ -116,5 +113,5 @@ def test_results_never_go_into_a_cohort(tmp_path, make_cohort):
     make_cohort(tmp_path / "real")
     before = {path.name for path in (tmp_path / "real").iterdir()}
     with pytest.raises(ConfigError, match="out-is-input"):
-        grade(tmp_path / "real", tmp_path / "real", ["none"], "simple_cnn", 1, "tiny")
+        grade(tmp_path / "real", tmp_path / "real", ["none"], GradingOptions("simple_cnn", 1, "tiny"))
     assert {path.name for path in (tmp_path / "real").iterdir()} == before

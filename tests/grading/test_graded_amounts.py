@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from medaug import storage
+from medaug.grading.options import GradingOptions
 from medaug.grading.tables import METRICS
 from medaug.stages import grade_arms
 
@@ -25,9 +26,13 @@ def graded(tmp_path, make_cohort, make_synthetic):
 
     def grade(ratios, fractions, folder="out", uri=uri):
         return grade_arms(
-            tmp_path / "real", tmp_path / folder, [*ARMS, f"a={tmp_path / 's'}"], networks="simple_cnn", seeds=1, profile="tiny",
-            overrides=QUICK, synthetic_per_real=ratios, real_fraction=fractions, workers=1, tracking={"uri": uri},
-        )  # fmt: skip
+            tmp_path / "real",
+            tmp_path / folder,
+            [*ARMS, f"a={tmp_path / 's'}"],
+            GradingOptions("simple_cnn", 1, "tiny", QUICK, synthetic_per_real=ratios, real_fraction=fractions),
+            workers=1,
+            tracking={"uri": uri},
+        )
 
     return grade
 

@@ -13,6 +13,7 @@ from medaug.grading.classic_copies import make_copies
 from medaug.grading.figures import network_mark
 from medaug.grading.grade import grade
 from medaug.grading.notes import arm_notes, data_notes, run_notes
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import grading_recipe
 
 QUICK = {"num_steps": 2, "evaluate_every": 2}
@@ -75,11 +76,11 @@ def test_runs_of_different_versions_are_no_like_with_like(tmp_path):
 def test_results_of_another_cohort_are_left_alone(tmp_path, make_cohort):
     for seed, name in enumerate(("one", "two")):
         make_cohort(tmp_path / name, seed=seed)
-    grade(tmp_path / "one", tmp_path / "out", ["none"], ["simple_cnn"], 1, "tiny", num_resamples=20, overrides=QUICK)
+    grade(tmp_path / "one", tmp_path / "out", ["none"], GradingOptions(["simple_cnn"], 1, "tiny", QUICK), num_resamples=20)
     kinds = (".json", ".html", ".csv", ".md")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*") if path.suffix in kinds}
     with pytest.raises(DataError, match="results-of-another-cohort.*choose another --out"):
-        grade(tmp_path / "two", tmp_path / "out", ["none"], ["simple_cnn"], 1, "tiny", num_resamples=20, overrides=QUICK)
+        grade(tmp_path / "two", tmp_path / "out", ["none"], GradingOptions(["simple_cnn"], 1, "tiny", QUICK), num_resamples=20)
     assert before and all(path.read_bytes() == content for path, content in before.items())
     assert len(list((tmp_path / "out" / "rows").iterdir())) == 1
 

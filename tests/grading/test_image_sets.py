@@ -15,6 +15,7 @@ from medaug.grading.command import grade_command
 from medaug.grading.grade import grade
 from medaug.grading.image_sets import at_place, image_sets, join_sets, own_seeds
 from medaug.grading.notes import arm_notes
+from medaug.grading.options import GradingOptions
 from medaug.grading.recipe import grading_recipe
 from medaug.grading.record import acceptance_of, read_record
 from medaug.grading.variants import spread_arms
@@ -149,7 +150,9 @@ def test_verdict_record_and_page_say_which_luck_is_covered(world):
     real, root = world
     specs = ["none", "oversample", f"even={root}/{{seed}}/even", f"other={root}/0/other"]
     quick = {"num_steps": 3, "evaluate_every": 1, "batch_size": 8}
-    result = grade(root / "real", root / "bench", specs, "simple_cnn", 3, "tiny", overrides=quick, num_resamples=50, workers=1)
+    result = grade(
+        root / "real", root / "bench", specs, GradingOptions("simple_cnn", 3, "tiny", quick), num_resamples=50, workers=1
+    )
     assert result["verdict"]["even"]["image_sets"] == 3 and "image_sets" not in result["verdict"]["other"]
     assert "Each of 3 seeds trained on images of its own" in result["verdict"]["even"]["sentence"]
     assert read_record(root / "bench").image_sets == {"even": 3}
@@ -165,10 +168,8 @@ def test_sources_of_mixed_arms_have_sets_too(world):
     real, root = world
     specs = ["none", "mixed=real?fraction=0.5 + syn?per_real=0.5"]
     quick = {"num_steps": 2, "evaluate_every": 1, "batch_size": 8}
-    result = grade(
-        root / "real", root / "bench", specs, "simple_cnn", 3, "tiny",
-        sources=[f"syn={root}/{{seed}}/even"], overrides=quick, num_resamples=20, workers=1,
-    )  # fmt: skip
+    options = GradingOptions("simple_cnn", 3, "tiny", quick, sources=[f"syn={root}/{{seed}}/even"])
+    result = grade(root / "real", root / "bench", specs, options, num_resamples=20, workers=1)
     assert result["verdict"]["mixed"]["image_sets"] == 3
 
 
@@ -195,6 +196,6 @@ def test_folders_that_are_all_alike_are_refused(world):
 def test_the_shown_command_keeps_the_placeholder(world):
     _, root = world
     arms_of = ["none", f"even={root}/{{seed}}/even", f"taught={root}/{{seed}}/even:amst:{root}/{{seed}}/more"]
-    text = grade_command(arms_of, sources=[f"syn={root}/{{seed}}/even"], networks=["simple_cnn"], seeds=3, profile="tiny")
+    text = grade_command(arms_of, GradingOptions("simple_cnn", 3, "tiny", sources=[f"syn={root}/{{seed}}/even"]))
     assert "even=$EVEN/{seed}" in text and "syn=$SYN/{seed}" in text and "$TAUGHT/{seed}:amst:$TAUGHT_UNLABELLED/{seed}" in text
     assert str(root) not in text

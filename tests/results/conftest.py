@@ -36,6 +36,7 @@ def drawn_copies(real: Cohort, root: Path) -> Cohort:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, make_cohort: Callable[..., Cohort]) -> Path:
     """cohort/, accepted/ and bench/: three arms, two networks, three seeds."""
+    from medaug.grading.options import GradingOptions
     from medaug.stages import grade_arms
 
     root = tmp_path_factory.mktemp("world")
@@ -45,7 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, make_cohort: Callable[..., C
     drawn_copies(real, root / "accepted")
     grade_arms(
         root / "cohort", root / "bench", ["none", "oversample", f"drawn={root / 'accepted'}"],
-        networks="simple_cnn,resnet18", seeds=3, profile="tiny", overrides=QUICK, workers=1,
+        GradingOptions("simple_cnn,resnet18", 3, "tiny", QUICK), workers=1,
     )  # fmt: skip
     return root
 

@@ -63,13 +63,13 @@ def test_an_experiment_becomes_a_page(make_cohort: Callable[..., Cohort], tmp_pa
 
 @pytest.mark.slow
 def test_a_chosen_ratio_is_chosen_again_from_the_page(world: Path, tmp_path: Path) -> None:
+    from medaug.grading.options import GradingOptions
     from medaug.stages import grade_arms
 
-    result = grade_arms(
-        world / "cohort", tmp_path / "bench", ["none", "oversample", f"drawn={world / 'accepted'}"], networks="simple_cnn",
-        seeds=1, profile="tiny", overrides={"num_steps": 3, "evaluate_every": 1, "batch_size": 8},
-        synthetic_per_real=[0.25, 0.5], real_fraction=[0.5, 1.0], workers=1,
-    )  # fmt: skip
+    quick = {"num_steps": 3, "evaluate_every": 1, "batch_size": 8}
+    options = GradingOptions("simple_cnn", 1, "tiny", quick, synthetic_per_real=[0.25, 0.5], real_fraction=[0.5, 1.0])
+    arms = ["none", "oversample", f"drawn={world / 'accepted'}"]
+    result = grade_arms(world / "cohort", tmp_path / "bench", arms, options, workers=1)
     write_page(tmp_path / "bench", tmp_path / "page")
     text = (tmp_path / "page" / "README.md").read_text()
     for entry in result["verdict"].values():
