@@ -88,9 +88,8 @@ def test_results_of_another_cohort_are_left_alone(tmp_path, make_cohort):
 def test_three_test_patients_are_graded_with_a_word_of_warning(tmp_path, make_cohort):
     real = make_cohort(tmp_path / "real", per_class=10)
     assert len(real.groups("test")) == 3
-    result = grade(
-        tmp_path / "real", tmp_path / "out", ["none", "crop_rotate"], ["simple_cnn"], 3, "tiny", num_resamples=50, overrides=QUICK
-    )
+    options = GradingOptions(["simple_cnn"], 3, "tiny", QUICK)
+    result = grade(tmp_path / "real", tmp_path / "out", ["none", "crop_rotate"], options, num_resamples=50)
     entry = result["verdict"]["crop_rotate"]
     assert any("only 3 groups" in warning for warning in entry["warnings"])
 
