@@ -170,7 +170,19 @@ def work(run: Run) -> float:
 def test_a_burst_of_records_waits_for_a_new_store(tmp_path, monkeypatch):
     """A benchmark that goes on hands over its finished rows at once, while MLflow still makes the tables of a new database."""
     monkeypatch.setattr(delivery, "QUEUE_SIZE", 8)
-    monkeypatch.setattr(delivery, "QUEUE_SECONDS", 0.2)
+    monkeypatch.setattr(delivery, "QUEUE_SECONDS", 10.0)  # for one record, however busy the machine is
+    wait, make, waiting = delivery.Delivery.session, delivery._open, threading.Event()
+
+    def session(self):
+        waiting.set()
+        return wait(self)
+
+    def slow(*args):
+        waiting.wait(20)  # the tables are there when the work waits for them, and not within `QUEUE_SECONDS` if it does not
+        return make(*args)
+
+    monkeypatch.setattr(delivery.Delivery, "session", session)
+    monkeypatch.setattr(delivery, "_open", slow)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with track("benchmark", name="resumed", uri=uri) as run:
         for cell in range(24):
